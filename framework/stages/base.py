@@ -1,0 +1,38 @@
+"""The contract of a stage: where an optimizer step's micro-batches come from and what they cost.
+
+A stage knows no strategy and runs no collective. It answers `next(step)` with terms; each term has
+its own denominator, so adding replay or a pretraining term to any stage is adding a term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from framework.batch import Batch
+from framework.losses.items import Objective
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of an optimizer step: scale * sum(weight * loss) / sum(units over all ranks)."""
+
+    objective: Objective
+    micros: Sequence[Batch]  # this rank's share; the same number on every rank
+    scale: float = 1.0
+    stats: Mapping[str, float] = field(default_factory=dict)  # of the global step, alike on all ranks
+
+
+class Stage(Protocol):
+    """A source of optimizer steps whose whole state fits in JSON."""
+
+    def next(self, step: int) -> Sequence[Term]:
+        """The terms of optimizer step `step` (0-based). Reinforcement learning rolls out in here."""
+
+    def held_out(self) -> Mapping[str, Term]:
+        """Terms to evaluate without gradients, by the name of the data."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
