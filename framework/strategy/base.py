@@ -95,8 +95,11 @@ class Engine(Protocol):
     def micro(self, *, last: bool) -> AbstractContextManager[None]:
         """Wraps forward and backward of one micro-batch; `last` ends the optimizer step."""
 
-    def __call__(self, batch: Any) -> Any:
-        """Every forward goes through here. `batch` is on the CPU; the engine moves it."""
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        """Every forward goes through here: the engine moves `batch` to the device.
+
+        `options` are handed to the model's `forward` (such as `needs`, see `models.policy`).
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` over micro-batches and ranks. No averaging anywhere."""

@@ -1,0 +1,99 @@
+"""Supervised fine-tuning: the loader's micro-batches, a token loss, one term.
+
+Replay needs nothing here: replayed rows come from the mixture in the same micro-batches and share
+the one global token mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from framework.batch import Batch
+from framework.losses.items import Items
+from framework.stages.base import Term
+
+
+class Micros(Protocol):
+    """What a loader hands over for one optimizer step."""
+
+    micros: Sequence[Batch]
+    stats: Mapping[str, float]
+
+
+class Loader(Protocol):
+    """Random access to optimizer steps; its state is {"index": examples consumed}."""
+
+    def next(self) -> Micros: ...
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+
+
+class TokenObjective:
+    """A forward pass, then a loss per trained token.
+
+    `loss` is a pure function that asks for what it needs by parameter name: `logps` [K], `weight`
+    [K], or any other field of `framework.batch.Outputs`, which the model then computes. With more
+    than one name in `sources`, "loss/<name>" is reported beside the mean over all.
+    """
+
+    def __init__(self, loss: Callable[..., Items], sources: Sequence[str] = ()) -> None:
+        self.loss = loss
+        self.sources = sources
+        wanted = set(inspect.signature(loss).parameters)
+        self.takes_weight = "weight" in wanted
+        self.needs = frozenset(wanted & {"entropies", "mean_logps"})
+
+    def __call__(self, engine: Any, batch: Batch) -> Items:
+        batch = batch.to(engine.world.device)
+        outputs = engine(batch, needs=self.needs)
+        inputs = {"logps": outputs.logps, "weight": batch.weights}
+        inputs |= {name: getattr(outputs, name) for name in self.needs}
+        items = self.loss(**inputs)
+        if len(self.sources) < 2:
+            return items
+        source = batch.sources.to(batch.segments.device)[batch.segments]  # [K]
+        nats = items.loss.detach()
+        absent = torch.full_like(nats, torch.nan)
+        by_source = {
+            f"loss/{name}": torch.where(source == index, nats, absent)
+            for index, name in enumerate(self.sources)
+        }
+        return Items(items.loss, items.weight, {**items.metrics, **by_source})
+
+
+class Supervised:
+    """A `Stage` over one loader, with held-out sets of fixed micro-batches."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        objective: TokenObjective,
+        held_out: Mapping[str, Sequence[Batch]],
+        held_out_objective: TokenObjective,
+    ) -> None:
+        self.loader = loader
+        self.objective = objective
+        self._held_out = {name: Term(held_out_objective, micros) for name, micros in held_out.items()}
+
+    def next(self, step: int) -> Sequence[Term]:
+        """The one term of this step."""
+        taken = self.loader.next()
+        return [Term(self.objective, taken.micros, stats=taken.stats)]
+
+    def held_out(self) -> Mapping[str, Term]:
+        """The held-out sets, by name."""
+        return self._held_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data position: one integer."""
+        return dict(self.loader.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from that position."""
+        self.loader.load_state_dict({"index": int(state["index"])})

@@ -1,0 +1,124 @@
+"""Adds up what happened since the last log line and reduces it over ranks with one collective.
+
+Sums stay on the device until the line is due, so metering never waits for an accelerator. Means are
+weighted sums divided by weights over all ranks, never means of means.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.losses.items import Items
+from framework.strategy.base import World
+
+
+class Sums:
+    """Weighted sums by name over micro-batches: name -> [sum of weight * value, sum of weight]."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, items: Items) -> None:
+        """Count one micro-batch in fp64, on its device.
+
+        A unit counts for a metric where its weight is positive and the metric is not NaN. The loss
+        counts wherever the weight is positive, so that a NaN in it is seen.
+        """
+        counted = items.weight > 0
+        weight = torch.where(counted, items.weight, 0).double()  # [N]
+        self._put("loss", items.total().detach().double(), weight.sum())
+        for name, metric in items.metrics.items():
+            applies = counted & ~metric.isnan()
+            value = torch.where(applies, metric.double() * weight, 0).sum()
+            self._put(name, value, torch.where(applies, weight, 0).sum())
+
+    def _put(self, name: str, value: Tensor, weight: Tensor) -> None:
+        entry = self._sums.setdefault(name, [torch.zeros_like(value), torch.zeros_like(weight)])
+        entry[0] = entry[0] + value
+        entry[1] = entry[1] + weight
+
+    def tolist(self) -> dict[str, list[float]]:
+        """This rank's sums as plain numbers. Waits for the device."""
+        return {name: [float(value), float(weight)] for name, (value, weight) in self._sums.items()}
+
+
+def join(ranks: Sequence[Mapping[str, Sequence[float]]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means and weights by name from the sums of all ranks; what counts nowhere is left out."""
+    values: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for rank in ranks:
+        for name, (value, weight) in rank.items():
+            values[name] += value
+            weights[name] += weight
+    return {name: values[name] / weights[name] for name in values if weights[name] > 0}, weights
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a CUDA device, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Meter:
+    """What happened between two log lines."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        self._sums = Sums()
+        self._counts: dict[str, float] = defaultdict(float)
+        self._latest: dict[str, float] = {}
+        self._clock = time.perf_counter()
+
+    def add(self, items: Items) -> None:
+        """Count one micro-batch of this rank."""
+        self._sums.add(items)
+
+    def count(self, stats: Mapping[str, float]) -> None:
+        """Facts of a global step, alike on all ranks: counts are added up, positions replaced.
+
+        Positions and ratios ("data_index", "epoch", "..._share", "..._efficiency") report their
+        latest value.
+        """
+        for name, value in stats.items():
+            if name in ("data_index", "epoch") or name.endswith(("_share", "_efficiency")):
+                self._latest[name] = value
+            else:
+                self._counts[name] += value
+
+    def line(self) -> dict[str, Any]:
+        """Means and counts since the last line. Collective, once a line; starts the next one."""
+        mine = {
+            "sums": self._sums.tolist(),
+            "memory": peak_memory(self.world.device),
+            "seconds": time.perf_counter() - self._clock,
+        }
+        ranks = self.world.gather(mine)
+        means, _ = join([rank["sums"] for rank in ranks])
+        line: dict[str, Any] = {**means, **self._counts, **self._latest}
+        line["seconds"] = max(rank["seconds"] for rank in ranks)  # the others waited for the slowest
+        if "tokens" in line:
+            line["tokens_per_s"] = line["tokens"] / line["seconds"]
+        line["peak_memory_bytes"] = max(rank["memory"] for rank in ranks)
+        self._start()
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is not training time."""
+        before = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - before
