@@ -61,3 +61,4 @@ class Outputs(NamedTuple):
 
     logps: Tensor  # [K] fp32 nats, log-probability of `Batch.targets`
     entropies: Tensor | None = None  # [K] fp32 nats, only when asked for
+    mean_logps: Tensor | None = None  # [K] fp32 nats, mean over the vocabulary, only when asked for
