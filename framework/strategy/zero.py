@@ -1,0 +1,437 @@
+"""DeepSpeed ZeRO behind our engine: gradients that add, state by name, skips alike on every rank.
+
+DeepSpeed keeps the fp32 masters of many parameters in few flat tensors; a `Piece` says where the
+elements of one parameter lie in them, and everything that reads or writes state goes through pieces.
+DeepSpeed is asked for sharding, gathering and reducing only: micro-batches, learning rates, clipping
+limits, counters and checkpoints are ours. Its configuration is derived from ours and never read from
+a user.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.errors import ConfigError
+from framework.strategy.base import (
+    FIRST,
+    MASTER,
+    SECOND,
+    Build,
+    EngineState,
+    OptimizerFactory,
+    Read,
+    Shard,
+    Weights,
+    World,
+)
+from framework.strategy.world import _listen_towards
+
+
+def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
+    """The ds_config of a run, whole.
+
+    `stage` is 1 (moments and masters are sharded), 2 (and gradients) or 3 (and weights); `precision`
+    is "fp32" or "bf16".
+    """
+    config: dict[str, Any] = {
+        # Sizes DeepSpeed insists on; batches are cut elsewhere and nothing of ours reads these.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Every `step` ends a window, however many backward passes came before it.
+        "managed_gradient_accumulation": False,
+        # The optimizer is torch's AdamW, made by the caller, stepping on flat fp32 masters.
+        "zero_allow_untested_optimizer": True,
+        # Progress is printed by trackers.
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": stage,
+            # Reduce in order on one stream: the same sums in the same order on every run.
+            "overlap_comm": False,
+            # Elements per reduction, and of a buffer that is allocated once: 200 MB of fp32 where
+            # the default of 5e8 takes 2 GB of every device.
+            "reduce_bucket_size": 50_000_000,
+            # Small parameters are sharded like all others, so state has one layout.
+            "stage3_param_persistence_threshold": 0,
+            # True replaces torch.nn.functional.linear for the whole process, for good; `micro` does
+            # so for the length of one micro-batch.
+            "memory_efficient_linear": False,
+        },
+    }
+    if precision == "bf16":
+        # bf16 weights and activations over fp32 masters ...
+        config["bf16"] = {"enabled": True}
+        # ... whose gradients are accumulated over micro-batches ...
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # ... and summed over ranks in fp32; both default to bf16.
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+@dataclass(frozen=True)
+class Zero:
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over all ranks of the world.
+
+    `stage` shards moments and masters (1), gradients too (2), weights too (3). `precision` is "fp32"
+    or "bf16"; `checkpointing` is "none", "selective" or "full". `train` raises ConfigError when
+    DeepSpeed is missing or too old.
+    """
+
+    world: World
+    stage: int = 3
+    precision: str = "bf16"
+    checkpointing: str = "none"
+
+    def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> ZeroEngine:
+        deepspeed = _deepspeed(self.world)
+        config = deepspeed_config(stage=self.stage, precision=self.precision)
+        with _silent():
+            _join(deepspeed, self.world)
+            with parameters_on_meta():
+                module = build()
+            shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
+            masters = _fill(self.world, module, weights, self.precision, shard)
+            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=_over(optimizer, trained, shapes),
+                config=config,
+                dist_init_required=False,
+            )
+        if self.stage == 3:
+            # DeepSpeed keeps every module it has sharded in this list for good, and reads of it
+            # only what it pushes during a forward pass.
+            deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(module)
+        return ZeroEngine(self.world, self.stage, engine, trained, shapes, masters)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter that this rank owns, inside one of DeepSpeed's flat tensors."""
+
+    flat: Tensor  # [F] fp32 masters of many parameters; the optimizer's state is keyed by it
+    offset: int  # where the piece begins in `flat`
+    start: int  # the same element's index in the flattened parameter
+    length: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The piece of `values`, [F] laid out like `flat`: a view."""
+        return values.detach()[self.offset : self.offset + self.length]
+
+
+class ZeroEngine:
+    """A model trained by DeepSpeed. See `framework.strategy.base.Engine`."""
+
+    def __init__(
+        self,
+        world: World,
+        stage: int,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        shapes: Mapping[str, tuple[int, ...]],
+        masters: Mapping[str, tuple[int, Tensor]],
+    ) -> None:
+        """`masters`: (first element, values) of what rounding to the compute dtype would lose."""
+        self.world = world
+        self.trained = shapes
+        self._stage = stage
+        self._engine = engine
+        self._sharded = engine.optimizer
+        self._updates = 0
+        # DeepSpeed's hooks keep a model alive until they are removed.
+        weakref.finalize(self, engine.destroy).atexit = False
+        find = self._piece_of_shard if stage == 3 else self._piece_of_partition
+        self._pieces = {name: find(parameter) for name, parameter in parameters.items()}
+        for name, (first, values) in masters.items():
+            for piece in self._pieces[name]:
+                begin = piece.start - first
+                piece.of(piece.flat).copy_(values[begin : begin + piece.length])
+
+    @contextlib.contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+        linear = nn.functional.linear
+        # torch's saves a view of the gathered weight for backward, which keeps all of it in memory;
+        # this one saves the parameter, which is gathered again.
+        nn.functional.linear = zero3_linear_wrap
+        try:
+            yield
+        finally:
+            nn.functional.linear = linear
+
+    def __call__(self, batch: Any) -> Any:
+        return self._engine(batch.to(self.world.device))
+
+    def backward(self, loss: Tensor) -> None:
+        # Without this, ZeRO-3 overwrites the gradients of earlier backward passes whenever it did not
+        # see a forward pass in between.
+        self._sharded.clear_backward_seen_flag()
+        # times the world: DeepSpeed takes the mean over ranks
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, *, lr: float, max_grad_norm: float | None) -> float:
+        for group in self._sharded.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._sharded.clip_grad = max_grad_norm or 0.0
+        self._engine.step()
+        if self._stage == 3:
+            # Left as it is, a parameter that a later first micro-batch does not touch would get this
+            # step's gradient again.
+            self._sharded.grad_partitions_flat_buffer.zero_()
+        self._updates += self._engine.was_step_applied()
+        return float(self._engine.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        training = self._engine.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(training)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self._release()
+        for name, parameter in self._engine.module.named_parameters():
+            if name in self.trained:
+                yield name, self._whole(name)
+            elif self._stage == 3:
+                from deepspeed.zero import GatheredParameters
+
+                with GatheredParameters([parameter]):
+                    whole = parameter.detach().clone()
+                yield name, whole
+            else:
+                yield name, parameter.detach()
+
+    def state_dict(self) -> EngineState:
+        return EngineState(
+            updates=self._updates,
+            shards={
+                name: [
+                    Shard(
+                        shape=shape,
+                        start=piece.start,
+                        values={
+                            which: piece.of(values).to("cpu", copy=True)
+                            for which, values in self._state(piece.flat).items()
+                        },
+                    )
+                    for piece in self._pieces[name]
+                ]
+                for name, shape in self.trained.items()
+            },
+        )
+
+    def load_state_dict(self, updates: int, read: Read) -> None:
+        for name, pieces in self._pieces.items():
+            for piece in pieces:
+                for which, values in self._state(piece.flat).items():
+                    piece.of(values).copy_(read(name, which, piece.start, piece.start + piece.length))
+        for flat in self._flats():
+            self._sharded.optimizer.state[flat]["step"].fill_(updates)
+        self._updates = updates
+        self._round()
+
+    def _piece_of_shard(self, parameter: Any) -> list[Piece]:
+        """ZeRO-3 cuts every parameter into equal parts, the last one padded."""
+        group, offset, size = self._sharded.grad_position[self._sharded.get_param_id(parameter)]
+        start = self.world.rank * size
+        length = min(size, parameter.ds_numel - start)
+        return [Piece(self._flats()[group], offset, start, length)] if length > 0 else []
+
+    def _piece_of_partition(self, parameter: Any) -> list[Piece]:
+        """ZeRO-1 and 2 cut the concatenation of all parameters of a group into equal parts."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return []
+        inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = self._flats()[mapping.param_group_index]
+        return [Piece(flat, place.start, inside.start, inside.numel)]
+
+    def _flats(self) -> list[Tensor]:
+        """This rank's share of the fp32 masters, one tensor [F] per group of parameters."""
+        if self._stage == 3:
+            return self._sharded.fp32_partitioned_groups_flat
+        if hasattr(self._sharded, "fp32_groups_flat_partition"):  # the optimizer of ZeRO-1 in bf16
+            return self._sharded.fp32_groups_flat_partition
+        return self._sharded.single_partition_of_fp32_groups
+
+    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+        """The masters [F] and AdamW's moments [F] of one flat tensor, made if no update was yet."""
+        state = self._sharded.optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+        return {MASTER: flat, FIRST: state["exp_avg"], SECOND: state["exp_avg_sq"]}
+
+    def _round(self) -> None:
+        """Make the compute weights the rounded masters."""
+        if self._stage < 3:
+            self._sharded.update_lp_params()
+            return
+        self._release()
+        for rounded, flat in zip(self._sharded.fp16_partitioned_groups_flat, self._flats(), strict=True):
+            rounded.copy_(flat.detach())
+
+    def _release(self) -> None:
+        """Drop gathered weights: an evaluation leaves some behind, to be used again."""
+        if self._stage == 3:
+            self._sharded._partition_all_parameters()
+
+    def _whole(self, name: str) -> Tensor:
+        """One trained parameter in fp32, from its masters on all ranks."""
+        shape = self.trained[name]
+        whole = torch.zeros(math.prod(shape), device=self.world.device)
+        for piece in self._pieces[name]:
+            whole[piece.start : piece.start + piece.length] = piece.of(piece.flat)
+        # Every element has one owner and is zero elsewhere; as integers, its bits add up exactly.
+        dist.all_reduce(whole.view(torch.int32))
+        return whole.view(shape)
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside take no memory, buffers are real. Ties made through modules survive."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _fill(
+    world: World, module: nn.Module, weights: Weights, precision: str, shard: Any
+) -> dict[str, tuple[int, Tensor]]:
+    """Give the meta parameters of `module` rank 0's values, one after the other.
+
+    `shard` is a `deepspeed.zero.Init` (each rank keeps its part of a parameter) or None (each keeps
+    all). Returns what the masters need where bf16 has lost something: by name, the index of the
+    first element and fp32 values from there on.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((owner, key))
+        for key, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[key] = buffer.to(world.device)
+    missing = dict(module.named_parameters())
+    masters = {}
+    source = iter(weights()) if world.rank == 0 else iter(())
+    while True:
+        name, tensor = next(source, (None, None))
+        name = world.broadcast(name)
+        if name is None:
+            break
+        empty = missing.pop(name)
+        if tensor is None:
+            whole = torch.empty(empty.shape, device=world.device)
+        else:
+            whole = tensor.to(world.device, torch.float32, copy=True).reshape(empty.shape)
+        dist.broadcast(whole, src=0)
+        filled: Any = nn.Parameter(whole.to(dtype), requires_grad=empty.requires_grad)
+        if filled.requires_grad and dtype != torch.float32 and not torch.equal(filled.float(), whole):
+            size = whole.numel() if shard is None else -(-whole.numel() // world.size)
+            first = 0 if shard is None else world.rank * size
+            masters[name] = first, whole.flatten()[first : first + size].clone()
+        if shard is not None:
+            shard._convert_to_deepspeed_param(filled)
+            filled.partition()
+        for owner, key in places[empty]:
+            owner._parameters[key] = filled
+    if missing:
+        raise ValueError(f"weights() gave no value for {', '.join(sorted(missing))}")
+    return masters
+
+
+def _over(
+    optimizer: OptimizerFactory, trained: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]
+) -> torch.optim.Optimizer:
+    """The caller's optimizer over `trained`, made from whole shapes.
+
+    A sharded parameter looks empty, so the factory gets stand-ins without memory and the real
+    parameters take their places in its groups.
+    """
+    stand_ins = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+    real = {stand_ins[name]: parameter for name, parameter in trained.items()}
+    made = optimizer(stand_ins.items())
+    for group in made.param_groups:
+        group["params"] = [real[stand_in] for stand_in in group["params"]]
+    return made
+
+
+def _deepspeed(world: World) -> Any:
+    """The deepspeed package, imported for this device and quiet."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
+    try:
+        import deepspeed
+        import deepspeed.runtime.zero.parameter_offload
+    except ImportError as error:
+        raise ConfigError(
+            f"strategy=zero needs DeepSpeed, which does not import here ({error}); "
+            "type `pip install 'sapwood[deepspeed]'`, or strategy=fsdp"
+        ) from error
+    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+        raise ConfigError(
+            f"deepspeed {deepspeed.__version__} is installed, and it cannot leave the length of a step "
+            "to the caller; type `pip install 'deepspeed>=0.19.8'`, or strategy=fsdp"
+        )
+    # Its shared-memory all-reduce is compiled on first use (a minute) and not used in training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are counted by the trainer
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor"
+    )
+    return deepspeed
+
+
+def _join(deepspeed: Any, world: World) -> None:
+    """Let DeepSpeed use the process group of `world`; a world of one gets one here, on loopback."""
+    if not dist.is_initialized():
+        _listen_towards("127.0.0.1")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+        atexit.register(dist.destroy_process_group)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # zero.Init takes its device from it
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """DeepSpeed prints its progress; nobody has asked."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
