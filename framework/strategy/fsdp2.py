@@ -1,0 +1,224 @@
+"""Fully sharded training (PyTorch FSDP2; Zhao et al. 2023, arXiv 2304.11277): every rank keeps a few
+rows of each parameter, its gradient and its moments, and gathers a block's weights while it computes.
+
+The sharded fp32 rows are the masters; gathering rounds them to the compute dtype. The optimizer steps
+on the plain local rows, not on DTensors: same arithmetic, no dispatch, and state by name for free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from framework.strategy import common
+from framework.strategy.base import (
+    Build,
+    Engine,
+    EngineState,
+    OptimizerFactory,
+    Read,
+    Shardable,
+    Weights,
+    World,
+)
+from framework.strategy.common import COMPUTE, Part
+from framework.strategy.ddp import Ddp
+from framework.strategy.memory import checkpoint_blocks
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    """Parameters, gradients and moments sharded over all ranks of `world`, by rows.
+
+    `precision` is "fp32" or "bf16"; `checkpointing` is "none", "selective" or "full".
+    `reshard_after_forward` true spends least memory: a block's weights are dropped after its forward
+    pass, and its gradients are reduced after every micro-batch. False spends least communication:
+    weights stay gathered from the first micro-batch of a step to the last, and gradients are kept
+    whole (4 bytes a parameter) and reduced once.
+
+    Bytes per trained parameter on each of w ranks: 16 / w, and the gathered blocks.
+    One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
+    """
+
+    world: World
+    precision: str = "bf16"
+    checkpointing: str = "none"
+    reshard_after_forward: bool = True
+
+    def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
+        if self.world.size == 1:
+            return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
+        module = common.build_on_meta(build, self.world.device)
+        checkpoint_blocks(module, self.checkpointing)
+        self._shard(module)
+        _materialize(module, self.world.device)
+        parameters = cast(dict[str, nn.Parameter], dict(module.named_parameters()))
+        _fill(self.world, parameters, weights)
+        return FsdpEngine(
+            self.world,
+            module.train(),
+            parameters,
+            optimizer,
+            gathered_per_step=not self.reshard_after_forward,
+        )
+
+    def _shard(self, module: nn.Module) -> None:
+        """One unit per block; the rest (embedding, last norm, head) is one more, so ties hold."""
+        compute = COMPUTE[self.precision]
+        for parameter, where in common.places(module).items():
+            dtype = torch.float32 if parameter.requires_grad else compute
+            empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
+            common.hang(nn.Parameter(empty, requires_grad=parameter.requires_grad), where)
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # weights of the loss and rotary tables stay fp32
+            ),
+        }
+        for block in cast(Shardable, module).blocks():
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        # the backward pass begins with the head: dropping it after the forward pass would be for nothing
+        fully_shard(module, reshard_after_forward=False, **options)
+        for unit in _units(module):
+            # gradients add; plain sums are also the one reduction that every backend has
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+
+class FsdpEngine:
+    """A sharded model in training. See `framework.strategy.base.Engine`."""
+
+    def __init__(
+        self,
+        world: World,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: OptimizerFactory,
+        *,
+        gathered_per_step: bool,
+    ) -> None:
+        """`parameters` are all sharded parameters by name, DTensors cut by rows."""
+        self.world = world
+        self._module = module
+        self._root = cast(FSDPModule, module)
+        self._parameters = parameters
+        self._gathered_per_step = gathered_per_step
+        self._parts = {name: _part(world, p) for name, p in parameters.items() if p.requires_grad}
+        self.trained: Mapping[str, tuple[int, ...]] = {name: part.shape for name, part in self._parts.items()}
+        self._optimizer = common.optimizer_over(optimizer, self._parts)
+        self._updates = 0
+
+    @contextlib.contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        if self._gathered_per_step:
+            self._root.set_requires_gradient_sync(last)
+            self._root.set_reshard_after_backward(last)
+        self._root.set_is_last_backward(last)
+        yield
+
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        return common.call(self._module, batch, self.world.device, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, *, lr: float, max_grad_norm: float | None) -> float:
+        self._release()
+        gradients = [(part.master, self._gradient(name)) for name, part in self._parts.items()]
+        squares = common.sum_of_squares([gradient for _, gradient in gradients], self.world.device)
+        dist.all_reduce(squares)
+        norm = math.sqrt(squares.item())
+        if common.update(self._optimizer, gradients, norm=norm, lr=lr, max_grad_norm=max_grad_norm):
+            self._updates += 1
+        for name in self._parts:
+            self._parameters[name].grad = None
+        return norm
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        with common.inference(self._module):
+            yield
+        self._release()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, cast(DTensor, parameter.detach()).full_tensor()
+
+    def state_dict(self) -> EngineState:
+        return common.snapshot(self._optimizer, self._parts, self._updates)
+
+    def load_state_dict(self, updates: int, read: Read) -> None:
+        self._release()
+        common.restore(self._optimizer, self._parts, updates, read)
+        self._updates = updates
+
+    def _gradient(self, name: str) -> Tensor:
+        """The local rows of a gradient; zero where no loss reached the parameter, as in `Ddp`."""
+        gradient = self._parameters[name].grad
+        if gradient is None:
+            return torch.zeros_like(self._parts[name].master, requires_grad=False)
+        return cast(DTensor, gradient).to_local()
+
+    def _release(self) -> None:
+        """Drop gathered weights: what an evaluation leaves behind must not outlive an update."""
+        for unit in _units(self._module):
+            unit.reshard()
+
+
+def _units(module: nn.Module) -> list[FSDPModule]:
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+
+def _rows(world: World, parameter: nn.Parameter) -> int:
+    """Rows of every rank but the last ones, which may have fewer or none."""
+    return -(-parameter.shape[0] // world.size)
+
+
+def _part(world: World, parameter: nn.Parameter) -> Part:
+    """The rows of this rank: a plain tensor that shares their memory."""
+    local = cast(DTensor, parameter.detach()).to_local()
+    whole = math.prod(parameter.shape)
+    first = min(world.rank * _rows(world, parameter) * math.prod(parameter.shape[1:]), whole)
+    return Part(tuple(parameter.shape), first, nn.Parameter(local), first, first + local.numel())
+
+
+def _materialize(module: nn.Module, device: torch.device) -> None:
+    """Memory for this rank's rows. Tied parameters stay one parameter."""
+    ties = list(common.places(module).values())
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    for (owner, key), *others in ties:
+        common.hang(cast(nn.Parameter, owner._parameters[key]), others)
+
+
+def _fill(world: World, parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
+    """Scatter rank 0's values, one parameter at a time.
+
+    Rank 0 holds one whole parameter besides its shard (twice, where the rows do not divide evenly
+    or the device is not the CPU); the others never hold more than their rows.
+    """
+    for name, value in common.arriving(world, weights, parameters):
+        parameter = parameters[name]
+        rows = _rows(world, parameter)
+        mine = torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device=world.device)
+        pieces = None
+        if value is not None:
+            whole = value.reshape(parameter.shape).to(world.device, parameter.dtype)
+            missing = rows * world.size - whole.shape[0]
+            if missing:
+                whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+            pieces = list(whole.contiguous().split(rows))
+        dist.scatter(mine, pieces, src=0)
+        local = cast(DTensor, parameter.detach()).to_local()
+        local.copy_(mine[: local.shape[0]])
