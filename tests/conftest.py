@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import tiny
 import torch
 import workers
 
@@ -18,6 +19,18 @@ def _worker_processes():
     """Ends the processes of `workers.run` with the session."""
     yield
     workers.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory):
+    """A Hugging Face directory with a tiny random Llama, tied embeddings, a tokenizer and ChatML."""
+    return tiny.write(tmp_path_factory.mktemp("tiny-tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_dir(tmp_path_factory):
+    """The same with a head of its own."""
+    return tiny.write(tmp_path_factory.mktemp("tiny-untied"), tied=False)
 
 
 def pytest_collection_modifyitems(items):
