@@ -293,6 +293,9 @@ def test_killed_at_any_system_call_the_last_good_one_stays(tmp_path, monkeypatch
             break
         step, said = last_good(directory)
         assert said == [], "debris must not look like a damaged checkpoint"
+        for path in directory.iterdir():
+            if commit.COMMITTED.fullmatch(path.name):
+                assert holds(saver(alone(), directory).open(path), int(path.name[5:])), "half deleted"
         seen.append(step)
         assert not any(isinstance(result, Exception) for result in save(directory, 40, size, keep=2))
         assert last_good(directory) == (40, [])
