@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -115,11 +115,12 @@ class Data(Node):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if len({source.weight is None for source in self.train}) > 1:
+            weighed = ", ".join(f"{{path: {s.path}, weight: {s.weight or 1}}}" for s in self.train)
             raise refuse(
                 "data.train",
                 "weights for some sources only",
                 "a weight for each source or for none",
-                "weight: 1.0 in the others",
+                f"'data.train=[{weighed}]'",
             )
         return self
 
@@ -158,6 +159,7 @@ class Optim(Node):
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)] | None
+    max_skipped_steps: Positive
 
 
 class Warmup(Node):
@@ -220,6 +222,7 @@ class Evaluate(Node):
     every: Positive | None
     at_start: bool
     max_examples: Positive | None
+    metric: Text | None
 
 
 class Checkpoint(Node):
@@ -253,6 +256,7 @@ class Launch(Node):
     device: Literal["auto", "cuda", "cpu"]
     threads: Positive | None
     grace_s: Annotated[float, Field(gt=0)]
+    max_restarts: Annotated[int, Field(ge=0)]
     timeout_s: Annotated[float, Field(gt=0)]
 
     @model_validator(mode="after")
@@ -299,6 +303,9 @@ class Run(Node):
     checkpoint: Checkpoint
     tracker: Tracking
     launch: Launch
+
+    # Values that read the environment, as written, by their place: `config.record` saves them so.
+    _withheld: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -380,17 +387,21 @@ def digest(tree: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def validated(tree: Mapping[str, Any]) -> Run:
+def validated(tree: Mapping[str, Any], *, sweep: Path | None = None) -> Run:
     """The run a composed tree asks for, with local paths made absolute and `run_dir` filled in.
 
-    Raises pydantic's ValidationError; `config.compose` words it for people.
+    The default directory of a job of a `sweep` lies in the sweep's and tells jobs apart that differ in
+    how they run only. Raises pydantic's ValidationError; `config.compose` words it for people.
     """
     chosen = tree.get("run_dir")
     settled = _settled({**tree, "run_dir": "." if chosen is None else chosen})
     run = Run.model_validate_json(json.dumps(settled))
     run = _absolute(run)
     if chosen is None:
-        chosen = f"runs/{run.name or run.stage.name}-{run.identity()}"
+        mark = run.identity()
+        if sweep is not None:
+            mark = digest(run.model_dump(mode="json", exclude={"run_dir", "resume", "tracker"}))
+        chosen = (sweep or Path("runs")) / f"{run.name or run.stage.name}-{mark}"
     return run.model_copy(update={"run_dir": str(Path(chosen).expanduser().absolute())})
 
 

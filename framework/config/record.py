@@ -1,0 +1,120 @@
+"""The configuration as it is shown and kept: resolved, readable, without secrets.
+
+Secrets belong to the environment and nothing in the tree needs one. Should one come in all the same (by
+`${oc.env:...}`, in a URL, typed on the command line), it goes no further: not to the run directory, not to a
+dashboard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
+
+from framework.config import explain
+from framework.config.schema import Run
+from framework.errors import ConfigError
+
+HIDDEN = "***"
+
+_SECRET = re.compile(
+    r"(^|[_\-.])(api_?key|key|token|secret|passw(or)?d|passphrase|credentials?|auth)([_\-.]|$)", re.IGNORECASE
+)
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)\s*(?:,[^}]*)?\}")
+_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+
+Path_ = tuple[str | int, ...]
+"""Where a value stands: keys and indices from the root."""
+
+
+def withheld(config: DictConfig) -> dict[Path_, str]:
+    """Values that read the environment, as written: they are kept so, and never resolved into a file."""
+    found: dict[Path_, str] = {}
+
+    def look(value: Any, where: Path_) -> Any:
+        if isinstance(value, str) and "oc.env" in value:
+            found[where] = value
+        return value
+
+    _walk(OmegaConf.to_container(config, resolve=False), look)
+    return found
+
+
+def shown(run: Run) -> dict[str, Any]:
+    """The whole tree as JSON, fit for files, dashboards and reports."""
+    secrets = _secret_values(os.environ)
+
+    def show(value: Any, where: Path_) -> Any:
+        if where in run._withheld:
+            return run._withheld[where]
+        if not isinstance(value, str):
+            return value
+        if any(isinstance(part, str) and _SECRET.search(part) for part in where):
+            return HIDDEN
+        for secret in secrets:
+            value = value.replace(secret, HIDDEN)
+        return _IN_URL.sub(HIDDEN, value)
+
+    tree: dict[str, Any] = _walk(run.model_dump(mode="json"), show)
+    return tree
+
+
+def saved(run: Run) -> str:
+    """The text of `config.yaml`: what was asked for, resolved, secrets left out."""
+    head = (
+        "# What this run was started with, every key resolved. Values of the environment are not written.\n"
+    )
+    return head + yaml.safe_dump(shown(run), sort_keys=False, allow_unicode=True, width=110)
+
+
+def load(path: Path, *, trusted: Iterable[str] = ()) -> Run:
+    """The run of a `config.yaml` that `saved` wrote.
+
+    The file is data: packages it says to trust are not, only `trusted` ones are, and of the environment it
+    reads nothing that is named like a secret. Raises ConfigError.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: not there; expected the directory of a run that was started") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found {type(tree).__name__}; expected the mapping that a run saves")
+
+    def read(value: Any, where: Path_) -> Any:
+        return _ENVIRONMENT.sub(_variable, value) if isinstance(value, str) else value
+
+    tree = {**_walk(tree, read), "trusted_packages": list(trusted)}
+    try:
+        return Run.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + explain.validation(error, tree, (), [])) from error
+
+
+def _variable(found: re.Match[str]) -> str:
+    if _SECRET.search(found[1]):
+        return found[0]
+    return os.environ.get(found[1], found[0])
+
+
+def _secret_values(environment: Mapping[str, str]) -> list[str]:
+    """Values of variables named like secrets, longest first. Shorter than 8 they are words, not secrets."""
+    values = {value for name, value in environment.items() if _SECRET.search(name) and len(value) >= 8}
+    return sorted(values, key=len, reverse=True)
+
+
+def _walk(value: Any, change: Callable[[Any, Path_], Any], where: Path_ = ()) -> Any:
+    """A copy of a tree with every leaf changed."""
+    if isinstance(value, dict):
+        return {key: _walk(inner, change, (*where, key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_walk(inner, change, (*where, index)) for index, inner in enumerate(value)]
+    return change(value, where)

@@ -1,0 +1,146 @@
+"""Functions named in the configuration: found, checked and bound without Hydra's `instantiate`.
+
+Only a plain function or class defined in `framework` or in a package that the user trusts can be
+named. Nothing is called here: a name becomes a `functools.partial` whose keywords fit its signature.
+Imports what the name says, so a mistake is found before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from framework.config.names import nearest
+from framework.config.schema import Run, Target
+from framework.errors import ConfigError
+
+
+def loss(run: Run) -> Callable[..., Any]:
+    """The run's loss, bound to its keywords.
+
+    What a forward pass answers and the weights of the trained positions are given when it is called.
+    """
+    from framework.batch import Outputs
+
+    return resolve(run.loss, run.trusted_packages, key="loss", supplied=("weight", *Outputs._fields))
+
+
+def resolve(
+    node: Target, trusted: Iterable[str], *, key: str = "loss", supplied: Collection[str] = ()
+) -> functools.partial[Any]:
+    """`node`'s function with `node`'s keywords bound.
+
+    `trusted` are packages allowed besides `framework`; `key` is where in the tree the node stands;
+    `supplied` are parameters that the caller fills in later, which the node must leave alone.
+    Raises ConfigError for a name outside of these packages, a name that is not there, and a keyword
+    that is unknown, missing or taken.
+    """
+    function = find(node.target, trusted, key=f"{key}._target_")
+    _plain(node.keywords, key)
+    _fits(function, node, key, supplied)
+    return functools.partial(function, **node.keywords)
+
+
+def find(name: str, trusted: Iterable[str], *, key: str = "_target_") -> Callable[..., Any]:
+    """The function or class called `name`, which is module.attribute.
+
+    The module is imported by its own name, never reached through another module's imports, and the
+    object found must have been defined in the same package: `framework.any.os.system` is no module, and
+    an `open` that somebody imported is defined elsewhere.
+    """
+    packages = ("framework", *trusted)
+    top = name.partition(".")[0]
+    if top not in packages:
+        raise ConfigError(
+            f"{key}: found {name}; expected a function of {' or '.join(packages)}; "
+            f"if {top} is yours and you trust it, type 'trusted_packages=[{top}]'"
+        )
+    module_name, _, attribute = name.rpartition(".")
+    if any(part.startswith("_") or not part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{key}: found {name}; expected module.function, neither of them private")
+    module = _import(module_name, name, key)
+    if not hasattr(module, attribute):
+        public = [n for n, value in vars(module).items() if _defined(value, packages) and n[0] != "_"]
+        raise ConfigError(
+            f"{key}: no {attribute} in {module_name}{_hint(key, module_name, attribute, public)}"
+        )
+    found = getattr(module, attribute)
+    if not _defined(found, packages):
+        raise ConfigError(
+            f"{key}: found {name}, which is no function defined in {' or '.join(packages)}; expected one"
+        )
+    return found
+
+
+def _import(module_name: str, name: str, key: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name != missing and not module_name.startswith(missing + "."):
+            raise ConfigError(f"{key}: {module_name} needs {missing}, which is not installed") from error
+        parent_name, _, last = missing.rpartition(".")
+        parent = importlib.import_module(parent_name) if parent_name else None
+        siblings = [m.name for m in pkgutil.iter_modules(getattr(parent, "__path__", []))]
+        rest = name[len(missing) :]
+        close = nearest(last, siblings)
+        hint = f"; type {key}={parent_name}.{close}{rest}" if close else "; is it installed?"
+        raise ConfigError(f"{key}: found {name}, but there is no module {missing}{hint}") from error
+
+
+def _defined(found: object, packages: Iterable[str]) -> bool:
+    """Whether `found` is a plain function or class that one of `packages` defines."""
+    if not (inspect.isfunction(found) or inspect.isclass(found)):
+        return False
+    return found.__module__.partition(".")[0] in packages
+
+
+def _hint(key: str, module_name: str, attribute: str, known: Collection[str]) -> str:
+    close = nearest(attribute, known)
+    if close:
+        return f"; type {key}={module_name}.{close}"
+    return f"; it has {', '.join(sorted(known))}" if known else ""
+
+
+def _plain(value: Any, key: str) -> None:
+    """Keywords are plain values: nothing in them names a function in its turn."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name.startswith("_") and name.endswith("_"):
+                raise ConfigError(
+                    f"{key}.{name}: found inside of {key}; expected plain values only; remove it"
+                )
+            _plain(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _plain(inner, f"{key}[{index}]")
+
+
+def _fits(function: Callable[..., Any], node: Target, key: str, supplied: Collection[str]) -> None:
+    parameters = inspect.signature(function).parameters
+    settable = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    free = [name for name in settable if name not in supplied]
+    for name in node.keywords:
+        if name in supplied:
+            raise ConfigError(f"{key}.{name}: is filled in while training; remove it")
+        if name not in settable and not takes_any:
+            close = nearest(name, free)
+            type_this = f"type {key}.{close}" if close else f"it has {', '.join(free) or 'no keywords'}"
+            raise ConfigError(f"{key}.{name}: {node.target} has no such keyword; {type_this}")
+    for name, parameter in parameters.items():
+        given = name in node.keywords or name in supplied or parameter.default is not parameter.empty
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not given and not variadic:
+            raise ConfigError(
+                f"{key}.{name}: {node.target} needs it and it is not set; type +{key}.{name}=VALUE"
+            )
