@@ -125,9 +125,13 @@ def held_out(
     world_size: int,
     pad_id: int,
     source: int = 0,
+    max_examples: int | None = None,
 ) -> list[Batch]:
-    """This rank's batches of a pass over a table: every row once over all ranks, as many batches on each."""
-    lengths = [int(n) for n in table.lengths]
+    """This rank's batches of a pass over a table: every row once over all ranks, as many batches on each.
+
+    `max_examples` keeps the table's first ones only.
+    """
+    lengths = [int(n) for n in table.lengths[:max_examples]]
     planned = pack.plan(lengths, tokens_per_micro=tokens_per_micro, ranks=world_size, packing=packing)
     return [
         collate([table.example(row) for row in rows], [source] * len(rows), packing=packing, pad_id=pad_id)

@@ -9,7 +9,6 @@ a user.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import logging
@@ -26,11 +25,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.errors import ConfigError
+from framework.strategy import common
 from framework.strategy.base import (
     FIRST,
     MASTER,
     SECOND,
     Build,
+    Engine,
     EngineState,
     OptimizerFactory,
     Read,
@@ -38,7 +39,9 @@ from framework.strategy.base import (
     Weights,
     World,
 )
-from framework.strategy.world import _listen_towards
+from framework.strategy.common import COMPUTE, Part
+from framework.strategy.ddp import Ddp
+from framework.strategy.memory import checkpoint_blocks
 
 
 def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
@@ -83,11 +86,14 @@ def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Zero:
-    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) over all ranks of the world.
+    """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) by DeepSpeed, over all ranks of `world`.
 
     `stage` shards moments and masters (1), gradients too (2), weights too (3). `precision` is "fp32"
-    or "bf16"; `checkpointing` is "none", "selective" or "full". `train` raises ConfigError when
-    DeepSpeed is missing or too old.
+    or "bf16"; `checkpointing` is "none", "selective" or "full". Every parameter that is trained must
+    take part in every micro-batch on all ranks or on none.
+
+    One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
+    `train` raises ConfigError when DeepSpeed is missing or too old.
     """
 
     world: World
@@ -95,20 +101,24 @@ class Zero:
     precision: str = "bf16"
     checkpointing: str = "none"
 
-    def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> ZeroEngine:
+    def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
+        if self.world.size == 1:
+            return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
         deepspeed = _deepspeed(self.world)
         config = deepspeed_config(stage=self.stage, precision=self.precision)
         with _silent():
-            _join(deepspeed, self.world)
-            with parameters_on_meta():
-                module = build()
+            os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # `zero.Init` reads it
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            module = common.build_on_meta(build, self.world.device)
+            checkpoint_blocks(module, self.checkpointing)
             shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
-            masters = _fill(self.world, module, weights, self.precision, shard)
+            masters = _fill(self.world, module, weights, COMPUTE[self.precision], shard)
             trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
             shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+            parts = {name: Part(shapes[name], 0, parameter, 0, 0) for name, parameter in trained.items()}
             engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=_over(optimizer, trained, shapes),
+                model=module.train(),
+                optimizer=common.optimizer_over(optimizer, parts),
                 config=config,
                 dist_init_required=False,
             )
@@ -152,8 +162,7 @@ class ZeroEngine:
         self._engine = engine
         self._sharded = engine.optimizer
         self._updates = 0
-        # DeepSpeed's hooks keep a model alive until they are removed.
-        weakref.finalize(self, engine.destroy).atexit = False
+        weakref.finalize(self, _destroy, engine).atexit = False
         find = self._piece_of_shard if stage == 3 else self._piece_of_partition
         self._pieces = {name: find(parameter) for name, parameter in parameters.items()}
         for name, (first, values) in masters.items():
@@ -177,8 +186,8 @@ class ZeroEngine:
         finally:
             nn.functional.linear = linear
 
-    def __call__(self, batch: Any) -> Any:
-        return self._engine(batch.to(self.world.device))
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        return common.call(self._engine, batch, self.world.device, **options)
 
     def backward(self, loss: Tensor) -> None:
         # Without this, ZeRO-3 overwrites the gradients of earlier backward passes whenever it did not
@@ -199,15 +208,8 @@ class ZeroEngine:
         self._updates += self._engine.was_step_applied()
         return float(self._engine.get_global_grad_norm())
 
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        training = self._engine.training
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._engine.train(training)
+    def inference(self) -> contextlib.AbstractContextManager[None]:
+        return common.inference(self._engine)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         self._release()
@@ -215,7 +217,7 @@ class ZeroEngine:
             if name in self.trained:
                 yield name, self._whole(name)
             elif self._stage == 3:
-                from deepspeed.zero import GatheredParameters
+                from deepspeed.runtime.zero import GatheredParameters
 
                 with GatheredParameters([parameter]):
                     whole = parameter.detach().clone()
@@ -310,82 +312,34 @@ class ZeroEngine:
         return whole.view(shape)
 
 
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside take no memory, buffers are real. Ties made through modules survive."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def _fill(
-    world: World, module: nn.Module, weights: Weights, precision: str, shard: Any
+    world: World, module: nn.Module, weights: Weights, compute: torch.dtype, shard: Any
 ) -> dict[str, tuple[int, Tensor]]:
     """Give the meta parameters of `module` rank 0's values, one after the other.
 
     `shard` is a `deepspeed.zero.Init` (each rank keeps its part of a parameter) or None (each keeps
-    all). Returns what the masters need where bf16 has lost something: by name, the index of the
-    first element and fp32 values from there on.
+    all). Returns what rounding to `compute` has lost of the masters: by name, the index of this
+    rank's first element and fp32 values from there on.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(parameter, []).append((owner, key))
-        for key, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[key] = buffer.to(world.device)
-    missing = dict(module.named_parameters())
+    named = dict(module.named_parameters())
+    where = common.places(module)
     masters = {}
-    source = iter(weights()) if world.rank == 0 else iter(())
-    while True:
-        name, tensor = next(source, (None, None))
-        name = world.broadcast(name)
-        if name is None:
-            break
-        empty = missing.pop(name)
-        if tensor is None:
-            whole = torch.empty(empty.shape, device=world.device)
-        else:
-            whole = tensor.to(world.device, torch.float32, copy=True).reshape(empty.shape)
+    for name, value in common.arriving(world, weights, named):
+        empty = named[name]
+        whole = torch.empty(empty.shape, device=world.device)
+        if value is not None:
+            whole.copy_(value.reshape(empty.shape))
         dist.broadcast(whole, src=0)
-        filled: Any = nn.Parameter(whole.to(dtype), requires_grad=empty.requires_grad)
-        if filled.requires_grad and dtype != torch.float32 and not torch.equal(filled.float(), whole):
+        parameter: Any = nn.Parameter(whole.to(compute), requires_grad=empty.requires_grad)
+        if empty.requires_grad and not torch.equal(parameter.float(), whole):
             size = whole.numel() if shard is None else -(-whole.numel() // world.size)
             first = 0 if shard is None else world.rank * size
             masters[name] = first, whole.flatten()[first : first + size].clone()
         if shard is not None:
-            shard._convert_to_deepspeed_param(filled)
-            filled.partition()
-        for owner, key in places[empty]:
-            owner._parameters[key] = filled
-    if missing:
-        raise ValueError(f"weights() gave no value for {', '.join(sorted(missing))}")
+            shard._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+        common.hang(parameter, where[empty])
     return masters
-
-
-def _over(
-    optimizer: OptimizerFactory, trained: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]
-) -> torch.optim.Optimizer:
-    """The caller's optimizer over `trained`, made from whole shapes.
-
-    A sharded parameter looks empty, so the factory gets stand-ins without memory and the real
-    parameters take their places in its groups.
-    """
-    stand_ins = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
-    real = {stand_ins[name]: parameter for name, parameter in trained.items()}
-    made = optimizer(stand_ins.items())
-    for group in made.param_groups:
-        group["params"] = [real[stand_in] for stand_in in group["params"]]
-    return made
 
 
 def _deepspeed(world: World) -> Any:
@@ -414,19 +368,15 @@ def _deepspeed(world: World) -> Any:
     return deepspeed
 
 
-def _join(deepspeed: Any, world: World) -> None:
-    """Let DeepSpeed use the process group of `world`; a world of one gets one here, on loopback."""
-    if not dist.is_initialized():
-        _listen_towards("127.0.0.1")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-        atexit.register(dist.destroy_process_group)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # zero.Init takes its device from it
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+def _destroy(engine: Any) -> None:
+    """Let go of a model: DeepSpeed's hooks hold it, and a cache that all its engines share."""
+    engine.destroy()
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 @contextlib.contextmanager

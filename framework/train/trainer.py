@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from framework.errors import SapwoodError
+from framework.errors import CheckpointError, SapwoodError
 from framework.keyed import key
 from framework.stages.base import Stage, Term
 from framework.strategy.base import Engine, EngineState, World
@@ -150,13 +150,21 @@ def train(
             progress.best, progress.best_step = value, progress.step
         tracker.log("eval", metrics, step=progress.step)
 
-    def save() -> None:
+    def save(*, stopping: bool) -> None:
         nonlocal saved_at
         if saved_at == progress.step:
             return
         progress.seconds = time.perf_counter() - began
         state = {"stage": stage.state_dict(), "progress": asdict(progress), "metrics": metrics}
-        path = checkpoints.save(progress.step, engine.state_dict(), state)
+        try:
+            path = checkpoints.save(progress.step, engine.state_dict(), state)
+        except CheckpointError as error:
+            # Alike on all ranks; the older checkpoint stands. Only the last one has to succeed.
+            if progress.step == plan.steps or stopping:
+                raise
+            message = f"no checkpoint at step {progress.step}, training goes on: {error}"
+            tracker.log("event", {"message": message}, step=progress.step)
+            return
         tracker.artifact(path, kind="checkpoint")
         saved_at = progress.step
 
@@ -200,7 +208,7 @@ def train(
             if evaluation_due() and (last or not stopping):
                 measure()
             if last or stopping or _due(progress.step, plan.checkpoint_every):
-                save()
+                save(stopping=stopping)
         if stopping and not last:
             return Result("interrupted", progress, metrics)
     progress.seconds = time.perf_counter() - began
