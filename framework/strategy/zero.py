@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from framework.errors import ConfigError
 from framework.strategy import common
@@ -175,12 +176,12 @@ class ZeroEngine:
         if self._stage < 3:
             yield
             return
-        from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
         linear = nn.functional.linear
-        # torch's saves a view of the gathered weight for backward, which keeps all of it in memory;
-        # this one saves the parameter, which is gathered again.
-        nn.functional.linear = zero3_linear_wrap
+
+        def keeping_the_parameter(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return _Linear.apply(linear, input, weight, bias)
+
+        nn.functional.linear = keeping_the_parameter
         try:
             yield
         finally:
@@ -312,6 +313,33 @@ class ZeroEngine:
         return whole.view(shape)
 
 
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b that keeps the parameter W for its backward pass, not the memory behind it.
+
+    torch's own keeps a view of W: under ZeRO-3 every weight of the model, once gathered, would stay
+    until the backward pass reached it. The parameter is gathered again by then.
+    DeepSpeed's own adds the bias in place, to a product that selective checkpointing has kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, linear: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, for_x, for_weight, *for_bias = ctx.needs_input_grad
+        flat = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+        return (
+            None,
+            grad @ weight if for_x else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if for_weight else None,
+            *[flat.sum(0) if wanted else None for wanted in for_bias],
+        )
+
+
 def _fill(
     world: World, module: nn.Module, weights: Weights, compute: torch.dtype, shard: Any
 ) -> dict[str, tuple[int, Tensor]]:
@@ -351,7 +379,7 @@ def _deepspeed(world: World) -> Any:
         import deepspeed.runtime.zero.parameter_offload
     except ImportError as error:
         raise ConfigError(
-            f"strategy=zero needs DeepSpeed, which does not import here ({error}); "
+            f"strategy=zero3 needs DeepSpeed, which does not import here ({error}); "
             "type `pip install 'sapwood[deepspeed]'`, or strategy=fsdp"
         ) from error
     if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
