@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,7 @@ class Meeting:
         self, place: Place, environment: MutableMapping[str, str] = os.environ, *, arrival_s: float = 600.0
     ) -> None:
         self._place = place
+        self._arrival_s = arrival_s
         self._round = 0
         self._store: Store | None = None
         if place.world_size == 1:
@@ -51,19 +53,18 @@ class Meeting:
     def first(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, as JSON, on every rank; it runs there only.
 
-        Raises what `work` raised on rank 0; on the others RefusedElsewhere for a UserError, else SapwoodError.
+        Raises what `work` raised on rank 0; on the others RefusedElsewhere where that was a UserError,
+        else SapwoodError.
         """
         if self._store is None:
             return work()
-        self._round += 1
-        key = f"{self._round}"
         if self._place.rank == 0:
             value, error = _attempt(work)
-            self._store.set(key, json.dumps({"value": value, "error": _told(error)}))
+            self._spread(self._store, {"value": value, "error": _told(error)})
             if error is not None:
                 raise error
             return value
-        answer = json.loads(self._store.get(key))
+        answer = self._spread(self._store, None)
         _follow(answer["error"], 0)
         return answer["value"]
 
@@ -71,18 +72,32 @@ class Meeting:
         """Run `work` on every rank; return when it has succeeded on all, raise where it failed on any."""
         if self._store is None:
             return work()
-        self._round += 1
         _, error = _attempt(work)
-        self._store.set(f"{self._round}-{self._place.rank}", json.dumps(_told(error)))
-        verdict = f"{self._round}"
+        told = f"told-{self._round}-"
+        self._store.set(f"{told}{self._place.rank}", json.dumps(_told(error)))
+        verdict: list[Any] = [0, None]
         if self._place.rank == 0:
-            told = [json.loads(self._store.get(f"{verdict}-{r}")) for r in range(self._place.world_size)]
-            failed = [rank for rank, error in enumerate(told) if error is not None]
-            self._store.set(verdict, json.dumps([failed[0], told[failed[0]]] if failed else [0, None]))
-        rank, first = json.loads(self._store.get(verdict))
+            for rank in reversed(range(self._place.world_size)):
+                said = json.loads(self._store.get(f"{told}{rank}"))
+                verdict = verdict if said is None else [rank, said]
+        rank, first = self._spread(self._store, verdict)
         if error is not None:
             raise error
-        return _follow(first, rank)
+        _follow(first, rank)
+
+    def _spread(self, store: Store, value: Any) -> Any:
+        """Rank 0's value on all ranks. It stays until all have read it: with it the store may go."""
+        key, read = f"value-{self._round}", f"read-{self._round}"
+        self._round += 1
+        if self._place.rank != 0:
+            value = json.loads(store.get(key))
+            store.add(read, 1)
+            return value
+        store.set(key, json.dumps(value))
+        deadline = time.monotonic() + self._arrival_s
+        while store.add(read, 0) < self._place.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return value
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -39,6 +39,7 @@ def run(work: Callable[[], int]) -> NoReturn:
     SIGUSR2 writes the stacks of all threads to stderr and lets the work go on.
     """
     _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save; also inside C++ waits
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     ours = environ.GANG in os.environ
@@ -48,8 +49,6 @@ def run(work: Callable[[], int]) -> NoReturn:
         status = REFUSED
         if not isinstance(error, RefusedElsewhere):
             _tell(f"error: {error}", ours)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
     except Exception as error:
         status = FAILED
         where = error.__traceback__ and error.__traceback__.tb_next  # without this frame

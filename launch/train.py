@@ -1,0 +1,290 @@
+"""Train one run, or with -m a sweep of runs: `python launch/train.py KEY=VALUE GROUP=CHOICE ...`
+
+Started by hand it composes and checks the configuration, then starts its own workers, one gang a run.
+Started by torchrun or deepspeed it is one of the workers and joins the others. A run is found again by
+its settings, so the same line goes on where it stopped.
+
+Exit status: 0 done, 2 refused (nothing was loaded), 3 stopped with a checkpoint, anything else failed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+if importlib.util.find_spec("framework") is None:  # not installed: the repository it stands in
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from framework.cluster import directory, environ, worker
+from framework.config import compose, record
+from framework.config.schema import Run
+from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, UserError
+
+WORKER = "--worker"  # how our own gang starts this file, with the path of a run
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What happens to a run, apart from its launching."""
+
+    prepare: Callable[[Run], None]  # once on each machine, before any worker
+    work: Callable[[Run], int]  # on every rank; its exit status
+    worker: Sequence[str]  # python's arguments for one rank; the path of the run comes after them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, for the shell and for a sweeper."""
+
+    status: int
+    objective: float | None = None
+
+
+def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) -> NoReturn:
+    """The whole command. Ends the process."""
+    arguments = environ.strip_launcher_arguments(sys.argv[1:] if arguments is None else arguments)
+    parts = parts or Parts(_prepare, _work, (__file__, WORKER))
+    if arguments[:1] == [WORKER]:
+        worker.run(lambda: parts.work(_unpack(Path(arguments[1]).read_text())))
+    try:
+        place = environ.place(os.environ)
+        if place is not None:
+            worker.run(lambda: join(arguments, place, parts))
+        launch(arguments, parts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:  # before there were workers
+        sys.exit(128 + signal.SIGINT)
+
+
+def launch(arguments: Sequence[str], parts: Parts) -> NoReturn:
+    """Hydra makes one run of the arguments, or the runs of a sweep; each gets its own gang.
+
+    In a sweep a run that fails is noted and the next one starts; a stop ends the sweep.
+    """
+    node = environ.node(os.environ)
+    arguments = [*(node.overrides() if node else ()), *arguments]
+    compose.check(arguments)
+    asked = compose.command(arguments)
+    flags, overrides = list(arguments), list(asked.overrides)
+    for override in overrides:
+        flags.remove(override)
+    if asked.multirun and not any(text.startswith("hydra.sweep.dir=") for text in overrides):
+        overrides.append(f"hydra.sweep.dir='{compose.sweep_dir(overrides)}'")
+    outcomes: list[tuple[str, Outcome]] = []
+
+    def task(config: DictConfig) -> float | None:
+        run_dir = "a run"
+        try:
+            run = compose.composed(config)
+            run_dir = run.run_dir
+            outcome = start(run, parts)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            outcome = Outcome(REFUSED)
+        outcomes.append((run_dir, outcome))
+        stopped = outcome.status == INTERRUPTED or outcome.status > 128
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        if outcome.status != DONE and (stopped or not sweeping):
+            raise SystemExit(outcome.status)  # not an Exception: after one Hydra starts the next job
+        return outcome.objective
+
+    sys.argv[1:] = [*overrides, *flags]  # Hydra does not read settings on both sides of a flag
+    hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")(task)()
+    failed = [(run_dir, outcome.status) for run_dir, outcome in outcomes if outcome.status != DONE]
+    for run_dir, status in failed:
+        print(f"failed with status {status}: {run_dir}", file=sys.stderr)
+    if asked.multirun and not asked.asks:
+        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", file=sys.stderr)
+    sys.exit(failed[0][1] if failed else DONE)
+
+
+def start(run: Run, parts: Parts) -> Outcome:
+    """Train one run with workers of our own, from its start or from where it stopped.
+
+    Raises UserError where the run cannot be started.
+    """
+    where, first = Path(run.run_dir), run.launch.node_rank == 0
+    with ExitStack() as stack:
+        if first:  # of several machines, which may share the directory
+            stack.enter_context(directory.held(where))
+            if finished := begin(run):
+                print(f"{where}: already done; its model and metrics are there", file=sys.stderr)
+                return finished
+        parts.prepare(run)
+        if first:
+            keep(run)
+        from framework.cluster import gang  # torch takes seconds to import; a refusal must not wait for it
+
+        options = run.launch
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="sapwood-"))
+        handed = Path(temporary) / "run.json"
+        handed.write_text(_pack(_resumable(run)))
+        print(f"{where}: starting {options.nproc} processes", file=sys.stderr)
+        try:
+            stopped = gang.launch(
+                [sys.executable, *parts.worker, str(handed)],
+                nproc=options.nproc,
+                nnodes=options.nnodes,
+                node_rank=options.node_rank,
+                master_addr=options.master_addr,
+                master_port=options.master_port,
+                run_id=run.identity(),
+                log_dir=where / directory.LOGS,
+                threads=options.threads,
+                grace_s=options.grace_s,
+                timeout_s=options.timeout_s,
+                max_restarts=options.max_restarts,
+            )
+        except gang.WorkerFailed as error:
+            print(error, file=sys.stderr)
+            status = REFUSED if error.status == REFUSED else worker.FAILED
+            if first and (directory.result(where) or {}).get("status") != "failed":
+                directory.write_result(where, {"status": "failed", "error": str(error).splitlines()[-1]})
+            return Outcome(status)
+        return _outcome(directory.result(where), stopped, first)
+
+
+def begin(run: Run) -> Outcome | None:
+    """Look at what earlier starts have left: the outcome of a run that is done, None for one to train.
+
+    Raises ConfigError where the directory holds another run, or one that was to start anew.
+    """
+    where = Path(run.run_dir)
+    kept = where / directory.CONFIG
+    if run.resume == "never":
+        if any((where / "checkpoints").glob("step-*")):
+            raise ConfigError(
+                f"resume=never: {where} holds checkpoints already; expected a new directory; "
+                "type run_dir=OTHER, or resume=auto to go on"
+            )
+        return None
+    if kept.exists():
+        earlier = record.load(kept, trusted=run.trusted_packages)
+        changed = directory.differences(earlier.decisive(), _as_kept(run).decisive())
+        if changed:
+            lines = "\n  ".join(changed)
+            raise ConfigError(
+                f"run_dir: {where} holds a run of other settings:\n  {lines}\n"
+                "expected the same ones, to go on with it; type run_dir=OTHER, or leave run_dir out"
+            )
+    result = directory.result(where)
+    return _outcome(result, None, True) if result is not None and result["status"] == "done" else None
+
+
+def keep(run: Run) -> None:
+    """Write `config.yaml` at the first start of a run, and clear away how the last start ended."""
+    where = Path(run.run_dir)
+    kept = where / directory.CONFIG
+    if run.resume == "never" or not kept.exists():
+        kept.write_text(record.saved(run), encoding="utf-8")
+    (where / directory.RESULT).unlink(missing_ok=True)
+
+
+def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
+    """Be one of the workers that another launcher has started. Returns the exit status.
+
+    Rank 0 composes, looks at the directory and holds it; what it refuses is refused on all ranks.
+    """
+    from framework.cluster.meeting import Meeting
+
+    meeting = Meeting(place)
+    with ExitStack() as stack:
+
+        def decide() -> Any:
+            asked = compose.command(arguments)
+            if asked.multirun or asked.asks:
+                raise ConfigError("-m, --cfg, --help and the like are for `python launch/train.py` alone")
+            told = [*arguments, *place.overrides()]
+            compose.check(told)
+            run = compose.compose(
+                compose.command(told).overrides, config_name=asked.config_name, config_dir=asked.config_dir
+            )
+            stack.enter_context(directory.held(Path(run.run_dir)))
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+                run = _resumable(run)
+            return {"done": begin(run) is not None, "run": _pack(run)}
+
+        answer = meeting.first(decide)
+        run = _unpack(answer["run"])
+        if answer["done"]:
+            if place.rank == 0:
+                print(f"{run.run_dir}: already done; its model and metrics are there", file=sys.stderr)
+            return DONE
+        meeting.each(lambda: parts.prepare(run) if place.local_rank == 0 else None)
+        if place.rank == 0:
+            keep(run)
+        return parts.work(run)
+
+
+def _outcome(result: dict[str, Any] | None, stopped: signal.Signals | None, first: bool) -> Outcome:
+    """What `result.json` and the signal that ended the workers come to."""
+    status = result["status"] if result is not None else None
+    if result is not None and status == "done":
+        return Outcome(DONE, result.get("objective"))
+    if status == "interrupted":
+        return Outcome(INTERRUPTED)
+    if stopped is not None:
+        print(f"ended by {stopped.name} with no checkpoint of this start", file=sys.stderr)
+        return Outcome(128 + stopped)
+    if not first:  # the directory is another machine's
+        return Outcome(DONE)
+    print("the workers have ended without a result", file=sys.stderr)
+    return Outcome(worker.FAILED)
+
+
+def _resumable(run: Run) -> Run:
+    """What workers are told: the directory was looked at, so a start after a failure goes on."""
+    return run.model_copy(update={"resume": "auto"}) if run.resume == "never" else run
+
+
+def _pack(run: Run) -> str:
+    """A run as JSON, with what is to be withheld from files."""
+    withheld = [[list(where), text] for where, text in run._withheld.items()]
+    return json.dumps({"run": run.model_dump(mode="json"), "withheld": withheld})
+
+
+def _unpack(text: str) -> Run:
+    tree = json.loads(text)
+    run = Run.model_validate_json(json.dumps(tree["run"]))
+    run._withheld = {tuple(where): value for where, value in tree["withheld"]}
+    return run
+
+
+def _as_kept(run: Run) -> Run:
+    """The run as it would be read back from its `config.yaml`, where secrets are not."""
+    with tempfile.TemporaryDirectory(prefix="sapwood-") as temporary:
+        path = Path(temporary) / directory.CONFIG
+        path.write_text(record.saved(run), encoding="utf-8")
+        return record.load(path, trusted=run.trusted_packages)
+
+
+def _prepare(run: Run) -> None:
+    from framework.config import build
+
+    build.prepare(run)
+
+
+def _work(run: Run) -> int:
+    from framework.config import build
+
+    return build.work(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""One rank of a gang under test: `program_rank.py MODE`. Imports no torch, so that it starts at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from framework.cluster import worker
+from framework.cluster.signals import StopRequest
+from framework.errors import INTERRUPTED, ConfigError
+
+HELPER = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+RANK = int(os.environ["RANK"])
+
+
+def helper() -> int:
+    """Process id of a helper that has left this rank's session, as services of libraries do."""
+    child = subprocess.Popen([sys.executable, "-c", HELPER], stdout=subprocess.PIPE, start_new_session=True)
+    return int(child.stdout.readline())
+
+
+def settings() -> int:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "WORD")
+    print(" ".join(f"{name}={os.environ[name]}" for name in names))
+    print(f"\rhalf\r\x1b[32mwhole\x1b[0m {sys.stdout.isatty()}", file=sys.stderr)
+    return 0
+
+
+def raises() -> int:
+    if RANK == 1:
+        raise RuntimeError("wrong on one")
+    print("helper", helper(), flush=True)
+    return wait()
+
+
+def killed() -> int:
+    if RANK == 1:
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return wait()
+
+
+def second_time() -> int:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise RuntimeError("wrong the first time")
+    return 0
+
+
+def refuses() -> int:
+    raise ConfigError("found this; expected that")
+
+
+def wait() -> int:
+    """Until a stop is asked for; then save, for half a second, with the helper still there."""
+    with StopRequest() as stop:
+        child = helper()
+        print("ready", os.getpid(), child, flush=True)
+        while not stop.requested:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(child, 0)
+        print("saved after", signal.Signals(stop.signal).name, flush=True)
+    return INTERRUPTED
+
+
+def deaf() -> int:
+    with StopRequest():
+        print("ready", os.getpid(), flush=True)
+        time.sleep(100)
+    return 0
+
+
+if __name__ == "__main__":
+    worker.run(globals()[sys.argv[1]])

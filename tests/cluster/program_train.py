@@ -1,0 +1,60 @@
+"""`launch/train.py` with a run's inside replaced: what a job does depends on its seed. Imports no torch itself.
+
+seed 1..9: done, with the seed as the objective. 13: rank 1 crashes. 20: waits to be stopped, then saves.
+21: the data is refused. 22: rank 1 refuses.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[2] / "launch" / "train.py")
+train = importlib.util.module_from_spec(spec)
+sys.modules["train"] = train
+spec.loader.exec_module(train)
+
+from framework.cluster.signals import StopRequest
+from framework.errors import DONE, INTERRUPTED, DataError, ModelError
+
+
+def prepare(run):
+    with open("prepared.txt", "a") as file:
+        file.write(f"{run.seed}\n")
+    if run.seed == 21:
+        raise DataError("no assistant turn", path="mine.jsonl", line=17)
+
+
+def work(run):
+    directory, rank = Path(run.run_dir), int(os.environ["RANK"])
+    facts = {
+        "rank": rank,
+        "world_size": int(os.environ["WORLD_SIZE"]),
+        "run_dir": run.run_dir,
+        "lr": run.optim.lr,
+        "nproc": run.launch.nproc,
+        "resume": run.resume,
+    }
+    with open(f"rank-{rank}.json", "w") as file:
+        json.dump(facts, file)
+    if run.seed == 13 and rank == 1:
+        raise RuntimeError("the thirteenth")
+    if run.seed == 22 and rank == 1:
+        raise ModelError("no such tokenizer")
+    status, word = DONE, "done"
+    with StopRequest() as stop:
+        if run.seed in (13, 20, 22):
+            print("waiting", flush=True)
+            while not stop.requested:
+                time.sleep(0.02)
+            status, word = INTERRUPTED, "interrupted"
+    if rank == 0:
+        (directory / "result.json").write_text(json.dumps({"status": word, "objective": float(run.seed)}))
+        (directory / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
+    return status
+
+
+if __name__ == "__main__":
+    train.main(parts=train.Parts(prepare, work, (__file__, train.WORKER)))
