@@ -85,6 +85,8 @@ def composition(error: Exception, overrides: Sequence[str], directories: Sequenc
 def resolution(error: OmegaConfBaseException) -> str:
     """An interpolation such as ${optim.lr} that leads nowhere."""
     reason = str(error.msg or error).splitlines()[0].rstrip(".")
+    if variable := re.search(r"Environment variable '[^']+' not found", reason):
+        reason = variable[0]
     where = error.full_key or "configuration"
     return f"{where}: {reason}; expected ${{KEY}} of a key that is set, or a plain value"
 
@@ -269,7 +271,7 @@ def _example(key: str, places: Sequence[Place], got: object = None, close: str |
     if close is not None:
         return f"{key}={close}"
     if (whole := key.partition("[")[0]) != key:
-        return EXAMPLES.get(whole, f"{whole}=[VALUE]")
+        return _example(whole, places)
     if key in EXAMPLES:
         return EXAMPLES[key].replace("FILE.jsonl", got) if isinstance(got, str) and got else EXAMPLES[key]
     for place in sorted(places, key=lambda place: place.choice.startswith(OVERLAYS)):

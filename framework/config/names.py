@@ -37,12 +37,15 @@ class Place:
 
 def nearest(word: str, known: Collection[str]) -> str | None:
     """The name most like `word`, or None when none is. A name whose last part fits counts as near."""
-    last = word.rpartition(".")[2]
+    parent, _, last = word.lower().rpartition(".")
 
     def likeness(name: str) -> float:
+        beside, _, tail = name.lower().rpartition(".")
+        ends = difflib.SequenceMatcher(None, last, tail).ratio()
+        if beside == parent and parent:  # what they share by standing together says nothing
+            return 0.3 + 0.7 * ends
         whole = difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio()
-        tail = difflib.SequenceMatcher(None, last.lower(), name.rpartition(".")[2].lower()).ratio()
-        return max(whole, 0.9 * tail) + 0.1 * whole
+        return max(whole, 0.9 * ends) + 0.1 * whole
 
     best = max(sorted(known), key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.65 else None

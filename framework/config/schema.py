@@ -8,6 +8,7 @@ result is frozen.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -266,7 +267,7 @@ class Launch(Node):
                 "launch.node_rank, launch.nnodes",
                 f"machine {self.node_rank} of {self.nnodes}",
                 f"launch.node_rank from 0 to {self.nnodes - 1}",
-                f"launch.nnodes={self.node_rank + 1}",
+                f"launch.nnodes={self.node_rank + 1} launch.master_addr=HOST launch.master_port=29500",
             )
         if self.nnodes > 1 and (self.master_addr is None or self.master_port is None):
             raise refuse(
@@ -326,11 +327,7 @@ class Run(Node):
                 "sources to evaluate on",
                 "'data.eval=[{path: held_out.jsonl}]' or evaluate.every=null",
             )
-        self.refuse_world(self.launch.nproc * self.launch.nnodes)
-        return self
-
-    def refuse_world(self, world_size: int) -> None:
-        """Raise when `world_size` ranks cannot each have an example of every step."""
+        world_size = self.launch.nproc * self.launch.nnodes
         if world_size > self.batch.sequences:
             raise refuse(
                 "batch.sequences, launch.nproc",
@@ -338,6 +335,7 @@ class Run(Node):
                 "at least one for each rank",
                 f"batch.sequences={world_size}",
             )
+        return self
 
     def decisive(self) -> dict[str, Any]:
         """What decides the numbers of training, as JSON: two runs with equal trees are the same run.
@@ -409,14 +407,14 @@ def _absolute(run: Run) -> Run:
     """Local paths as absolute ones, so that workers started elsewhere find them; hub ids as they are."""
 
     def local(path: str) -> str:
-        found = Path(path).expanduser()
-        return str(found.absolute()) if found.exists() else path
+        whole = str(Path(path).expanduser().absolute())
+        return whole if Path(whole).exists() or glob.glob(whole) else path
 
     def sources(given: tuple[Source, ...]) -> tuple[Source, ...]:
         return tuple(source.model_copy(update={"path": local(source.path)}) for source in given)
 
     model = {"path": local(run.model.path)}
-    if run.model.chat_template is not None:
+    if run.model.chat_template is not None and "{" not in run.model.chat_template:  # else the template itself
         model["chat_template"] = local(run.model.chat_template)
     data = {
         "train": sources(run.data.train),

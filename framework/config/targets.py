@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,32 @@ from framework.errors import ConfigError
 
 
 def loss(run: Run) -> Callable[..., Any]:
-    """The run's loss, bound to its keywords.
+    """The run's loss, bound to its keywords and tried once on two made-up tokens.
 
     What a forward pass answers and the weights of the trained positions are given when it is called.
+    Raises ConfigError as `resolve` does, and where the function refuses its keywords.
     """
-    from framework.batch import Outputs
+    import torch
 
-    return resolve(run.loss, run.trusted_packages, key="loss", supplied=("weight", *Outputs._fields))
+    from framework.batch import Outputs
+    from framework.losses.items import Items
+
+    supplied = ("weight", *Outputs._fields)
+    bound = resolve(run.loss, run.trusted_packages, key="loss", supplied=supplied)
+    wanted = set(inspect.signature(bound).parameters)
+    if not wanted & set(Outputs._fields):
+        raise ConfigError(
+            f"loss._target_: {run.loss.target} takes none of {', '.join(Outputs._fields)}; expected a loss"
+        )
+    made_up = {name: torch.ones(2) if name == "weight" else -torch.ones(2) for name in wanted & set(supplied)}
+    try:
+        items = bound(**made_up)
+    except (ValueError, TypeError) as error:
+        given = ", ".join(f"loss.{name}={value}" for name, value in run.loss.keywords.items())
+        raise ConfigError(f"{given or 'loss'}: {run.loss.target} refuses: {error}") from error
+    if not isinstance(items, Items):
+        raise ConfigError(f"loss._target_: {run.loss.target} returned {type(items).__name__}; expected Items")
+    return bound
 
 
 def resolve(
@@ -55,11 +75,11 @@ def find(name: str, trusted: Iterable[str], *, key: str = "_target_") -> Callabl
     """
     packages = ("framework", *trusted)
     top = name.partition(".")[0]
-    if top not in packages:
-        raise ConfigError(
-            f"{key}: found {name}; expected a function of {' or '.join(packages)}; "
-            f"if {top} is yours and you trust it, type 'trusted_packages=[{top}]'"
+    if top not in packages or top in sys.stdlib_module_names:
+        own = (
+            "" if top in sys.stdlib_module_names else f"; if {top} is your own, add trusted_packages=[{top}]"
         )
+        raise ConfigError(f"{key}: found {name}; expected a function of {' or '.join(packages)}{own}")
     module_name, _, attribute = name.rpartition(".")
     if any(part.startswith("_") or not part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{key}: found {name}; expected module.function, neither of them private")
@@ -89,7 +109,10 @@ def _import(module_name: str, name: str, key: str) -> ModuleType:
         siblings = [m.name for m in pkgutil.iter_modules(getattr(parent, "__path__", []))]
         rest = name[len(missing) :]
         close = nearest(last, siblings)
-        hint = f"; type {key}={parent_name}.{close}{rest}" if close else "; is it installed?"
+        unknown = (
+            "; is it installed?" if parent is None else "; expected module.function, as its author wrote it"
+        )
+        hint = f"; type {key}={parent_name}.{close}{rest}" if close else unknown
         raise ConfigError(f"{key}: found {name}, but there is no module {missing}{hint}") from error
 
 
