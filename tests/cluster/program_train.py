@@ -1,4 +1,4 @@
-"""`launch/train.py` with a run's inside replaced: what a job does depends on its seed. Imports no torch itself.
+"""`launch/train.py` with the inside of a run replaced: what it does depends on its seed.
 
 seed 1..9: done, with the seed as the objective. 13: rank 1 crashes. 20: waits to be stopped, then saves.
 21: the data is refused. 22: rank 1 refuses.
@@ -14,10 +14,10 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[2] / "launch" / "train.py")
 train = importlib.util.module_from_spec(spec)
 sys.modules["train"] = train
-spec.loader.exec_module(train)
+spec.loader.exec_module(train)  # also finds `framework` where it is not installed
 
-from framework.cluster.signals import StopRequest
-from framework.errors import DONE, INTERRUPTED, DataError, ModelError
+from framework.cluster.signals import StopRequest  # noqa: E402
+from framework.errors import DONE, INTERRUPTED, DataError, ModelError  # noqa: E402
 
 
 def prepare(run):
