@@ -12,6 +12,7 @@ implementations that it has no mask function for, and ours are registered withou
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,7 @@ def plan(batch: Batch, *, grouped: bool = True) -> Segments:
     if not (batch.packed and grouped):
         return Segments(batch.packed, batch.boundaries, batch.max_length)
     starts = batch.boundaries.tolist()
-    spans = sorted(
-        ((stop - start, start) for start, stop in zip(starts, starts[1:], strict=False)), reverse=True
-    )
+    spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(starts)), reverse=True)
     groups: list[Group] = []
     gather: list[Tensor] = []
     inverse = torch.empty(starts[-1], dtype=torch.int64)
@@ -195,8 +194,8 @@ def _segmented(kind: str) -> Any:
         model = type(module).__name__
         if segments is None:
             raise ModelError(
-                f"{model} does not hand its keywords on to attention, so segments of a packed row could not be "
-                "told apart: this model is not supported"
+                f"{model} does not hand its keywords on to attention, so the segments of a packed row could "
+                "not be told apart: this model is not supported"
             )
         strange = [name for name in FOREIGN if others.get(name) is not None]
         if attention_mask is not None or others.get("is_causal") is False or strange:
@@ -329,7 +328,7 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, rules: Rules, explicit:
     """
     window = rules.window
     assert window is not None
-    rows, heads, length, width = query.shape
+    rows, length = query.shape[0], query.shape[2]
     blocks = -(-length // window)
     tail = blocks * window - length
     query, key, value = (F.pad(tensor, (0, 0, 0, tail)) for tensor in (query, key, value))

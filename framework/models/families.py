@@ -16,7 +16,13 @@ from framework.batch import Batch
 from framework.errors import ModelError
 
 VERIFIED = frozenset(
-    ["afmoe", "apertus", "arcee", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "llama", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu"]
+    """
+    afmoe arcee bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 diffllama ernie4_5 exaone4 flex_olmo
+    gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 jais2 llama minicpm3
+    ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2 vaultgemma youtu
+    """.split()
 )
 WRONG = {
     "phimoe": "its forward pass differs from ours by more than rounding",
@@ -76,8 +82,8 @@ def prove(policy: Any, lm: Any) -> None:
     off = (ours - torch.cat(answers)).abs().mean().item()
     if not off <= ROUNDING.get(lm.dtype, ROUNDING_HALF):
         raise ModelError(
-            f"model type {lm.config.model_type} is not supported: on packed examples our forward pass is off by "
-            f"{off:.3g} nats a token from its own. Set model.path to a model of a verified family: "
+            f"model type {lm.config.model_type} is not supported: on packed examples our forward pass is "
+            f"off by {off:.3g} nats a token from its own. Set model.path to a model of a verified family: "
             f"{', '.join(sorted(VERIFIED))}"
         )
 

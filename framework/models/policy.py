@@ -68,7 +68,7 @@ def causal_lm(lm: nn.Module) -> Any:
 
 
 def head_rules(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap) that a family applies to its logits: Cohere multiplies, Granite divides, Gemma caps."""
+    """(scale, softcap) of a family's logits: Cohere multiplies, Granite divides, Gemma caps."""
     text = config.get_text_config(decoder=True)
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
         getattr(text, "logits_scaling", None) or 1.0

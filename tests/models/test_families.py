@@ -26,12 +26,29 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48,
-    "ffn_dim": 48, "word_embed_proj_dim": 32, "hidden_size_per_layer_input": 8,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "n_inner": 48,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 32,
+    "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 64,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "n_group": 1, "topk_group": 1,
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "n_group": 1,
+    "first_k_dense_replace": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
 CAPPED = ("gemma2", "vaultgemma")
 
@@ -82,9 +99,7 @@ def test_packed_logps_are_those_of_the_family_itself(kind):
         policy = Policy(lm, head_chunk_tokens=5)
         for packed in (True, False):
             logps = policy(batch(rows, packed=packed)).logps
-            torch.testing.assert_close(
-                logps, expected, rtol=0, atol=2e-5, msg=lambda m: f"{kind} {name}: {m}"
-            )
+            torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
     assert len(policy.blocks()) == 2
 
 

@@ -1,0 +1,284 @@
+"""From `model.path` to what a strategy needs: a structure to build and weights to fill it with.
+
+Knows no rank and no strategy. `inspect` reads no weights and refuses what cannot be trained; `builder`
+makes the structure wherever the strategy wants it; `reader` is called on one rank and yields whole
+tensors one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from framework.errors import ModelError
+from framework.keyed import key
+from framework.models import adapters, attention, families, source
+from framework.models.adapters import Lora
+from framework.models.policy import Policy
+from framework.models.source import Source
+
+Adapter = Lora | Mapping[str, Any] | None
+PREFIX = "lm."  # of every parameter of a `Policy`
+WIDEST = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model that was looked at and accepted; none of its weights have been read."""
+
+    path: str  # as it was asked for
+    source: Source
+    init: str  # pretrained | random
+    config: PretrainedConfig
+    tokenizer: Any
+    pad_id: int  # fills padded rows; masks go by position, so any id would do
+    parameters: int  # tied ones once
+    fingerprint: str  # of configuration, tokenizer and weights
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids must be below it."""
+        return int(self.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def blocks(self) -> int:
+        """Decoder layers."""
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def inspect(
+    path: str, *, revision: str | None = None, gguf_file: str | None = None, init: str = "pretrained"
+) -> Description:
+    """Look at the model that `model.path` names. Raises ModelError for what cannot be trained."""
+    with quiet():
+        found = source.find(path, revision=revision, gguf_file=gguf_file)
+        config = source.configuration(found)
+        families.check(config)
+        tokenizer = _tokenizer(found, config)
+        lm = _structure(config, "eager", torch.device("meta"))
+    names = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
+    state = sorted(set(lm.state_dict()) - names)
+    if state:
+        raise ModelError(
+            f"model type {config.model_type} is not supported: it keeps state that is not a parameter "
+            f"({state[0]})"
+        )
+    weights = "random" if init == "random" else found.fingerprint()
+    parts = [json.dumps(config.to_dict(), sort_keys=True, default=str), _vocabulary(tokenizer), weights]
+    return Description(
+        path=path,
+        source=found,
+        init=init,
+        config=config,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        parameters=sum(parameter.numel() for parameter in lm.parameters()),
+        fingerprint=hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest(),
+    )
+
+
+def attention_for(description: Description, name: str, device: torch.device, *, precision: str) -> str:
+    """The attention implementation for `model.attention`; see `attention.choose`. Raises ModelError."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return attention.choose(name, device, description.config, dtype)
+
+
+def builder(
+    description: Description, *, attention: str, head_chunk_tokens: int, adapter: Adapter = None
+) -> Any:
+    """Makes the structure of the `Policy`, in fp32, with values that mean nothing yet.
+
+    `attention` is a name from `attention_for`. Buffers (rotary tables) are real even where the strategy
+    lets parameters be born on the meta device. With an adapter only its parameters ask for gradients.
+    """
+    lora = adapters.of(adapter)
+
+    def build() -> nn.Module:
+        with quiet():
+            lm = _structure(description.config, attention)
+            lm = adapters.attach(lm, lora) if lora else lm
+        return Policy(lm, head_chunk_tokens=head_chunk_tokens)
+
+    return build
+
+
+def reader(description: Description, *, adapter: Adapter = None, seed: int = 0) -> Any:
+    """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
+
+    Pretrained weights keep the type they are stored in (fp32 for GGUF). New ones, `init=random` and
+    adapters, are fp32 and pure functions of `seed`. Call the result on one rank: it holds the model.
+    Raises ModelError where the files lack a parameter.
+    """
+    lora = adapters.of(adapter)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        with quiet():
+            lm = load(description, seed=seed)
+            lm = adapters.attach(lm, lora) if lora else lm
+        for name, parameter in lm.named_parameters():
+            if lora and adapters.is_adapter(name):
+                yield PREFIX + name, adapters.initial(name, parameter.shape, seed)
+            else:
+                yield PREFIX + name, parameter.detach()
+
+    return weights
+
+
+def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model on the CPU, with its weights, in `dtype` or the type they are stored in."""
+    if description.init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "init"))
+            return _structure(description.config, "eager").to(dtype or torch.float32)
+    found = description.source
+    files = found.weight_files()
+    stored = torch.float32 if found.gguf_file else _stored_dtype(files)
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        found.directory,
+        config=None if found.gguf_file else copy.deepcopy(description.config),
+        gguf_file=found.gguf_file,
+        dtype=dtype or stored,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        use_safetensors=None if found.gguf_file else True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    absent = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"{found.directory}: the weights do not fit the configuration; {len(absent)} parameters are "
+            f"missing or of another shape, such as {absent[0]}"
+        )
+    if found.gguf_file:
+        undo_quantisation(lm)
+    expected = _structure(description.config, "eager", torch.device("meta"))
+    ours, theirs = ([name for name, _ in model.named_parameters()] for model in (expected, lm))
+    if ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))
+        raise ModelError(
+            f"{found.directory}: its configuration and its weights disagree on {', '.join(odd[:3])}"
+        )
+    if description.config.model_type not in families.VERIFIED:
+        attention.register()
+        lm.set_attn_implementation(attention.OURS["auto"])
+        families.prove(Policy(lm, head_chunk_tokens=16), lm)
+    return lm.eval()
+
+
+def undo_quantisation(lm: Any) -> None:
+    """Forget that the weights came out of a GGUF file: they are plain tensors now."""
+    for name in ("quantization_method", "hf_quantizer", "is_quantized"):
+        lm.__dict__.pop(name, None)
+    lm.config.__dict__.pop("quantization_config", None)
+
+
+def generation_config(description: Description) -> GenerationConfig:
+    """How the model likes to generate: its own settings, or its special tokens."""
+    file = description.source.directory / "generation_config.json"
+    if description.source.gguf_file is None and file.is_file():
+        return GenerationConfig.from_pretrained(description.source.directory)
+    words = description.tokenizer
+    return GenerationConfig(
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=description.pad_id
+    )
+
+
+def _structure(config: PretrainedConfig, implementation: str, device: torch.device | None = None) -> Any:
+    """An unfilled fp32 model; its configuration is a copy."""
+    attention.register()
+    with device or contextlib.nullcontext():
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),
+            attn_implementation=implementation,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+
+
+def _tokenizer(found: Source, config: PretrainedConfig) -> Any:
+    """The model's tokenizer, with a known end of sequence and no id beyond the embedding."""
+    where = found.directory
+    if found.gguf_file is None and not any((where / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{where} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); put one there or set "
+            "model.path to a directory that has both"
+        )
+    options: dict[str, Any] = {"gguf_file": found.gguf_file} if found.gguf_file else {"config": config}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=False, local_files_only=True, **options
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{where}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    text = config.get_text_config(decoder=True)
+    if tokenizer.eos_token_id is None:
+        ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        if ends[0] is None:
+            raise ModelError(
+                f"{where}: the tokenizer has no end-of-sequence token, so a model would never learn to "
+                "stop; set eos_token in its tokenizer_config.json, or eos_token_id in config.json"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= text.vocab_size:
+        raise ModelError(
+            f"{where}: the tokenizer has ids up to {largest}, the embedding has {text.vocab_size} rows; set "
+            "model.path to a model and tokenizer that belong together"
+        )
+    return tokenizer
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """A text that changes when the tokenizer would cut or frame a text in another way."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cut = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return json.dumps(
+        [cut, tokenizer.special_tokens_map, tokenizer.chat_template], sort_keys=True, default=str
+    )
+
+
+def _stored_dtype(files: list[Any]) -> torch.dtype:
+    """The widest floating type among the tensors of safetensors files, so that nothing is rounded."""
+    kinds = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    known = [dtype for name, dtype in WIDEST.items() if name in kinds]
+    if not known:
+        raise ModelError(f"{files[0]}: holds {', '.join(sorted(kinds))}; expected one of {', '.join(WIDEST)}")
+    return known[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and remarks."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
