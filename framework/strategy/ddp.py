@@ -110,7 +110,7 @@ class DdpEngine:
     def _round(self) -> None:
         """Make the compute weights the rounded masters, unless they are the masters."""
         if self._weights and self._weights[0] is not self._masters[0]:
-            torch._foreach_copy_(self._weights, self._masters)
+            torch._foreach_copy_([*self._weights], [*self._masters])
 
 
 def _part(world: World, master: nn.Parameter) -> Part:
