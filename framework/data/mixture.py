@@ -25,7 +25,7 @@ import numpy as np
 
 from framework import keyed
 
-BLOCK = 1 << 14  # examples of a group that are laid out at once
+BLOCK = 1 << 12  # examples of a group that are laid out at once
 REMEMBERED = 8  # laid-out blocks kept; the rest is made again from its start
 
 
@@ -290,15 +290,16 @@ class _Stream:
         return source[order], turn[order]
 
     def _rows(self, source: int, rows: int, at: np.ndarray) -> np.ndarray:
-        """Rows at indices `at` of the endless sequence of epochs over `rows` rows."""
+        """Rows at ascending indices `at` of the endless sequence of epochs over `rows` rows."""
         if not self._shuffle:
             return at % rows
-        found = np.empty(len(at), dtype=np.int64)
-        epochs = at // rows
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            found[chosen] = self._order(source, rows, int(epoch))[at[chosen] % rows]
-        return found
+        if len(at) == 0:
+            return at
+        edges = np.arange(at[0] // rows + 1, at[-1] // rows + 1) * rows  # first index of each later epoch
+        parts = np.split(at, np.searchsorted(at, edges))
+        return np.concatenate(
+            [self._order(source, rows, int(p[0]) // rows)[p % rows] for p in parts if len(p)]
+        )
 
     def _order_of(self, source: int, rows: int, epoch: int) -> np.ndarray:
         """A permutation of rows. From raw Philox words, which unlike numpy's `permutation` never change."""

@@ -162,7 +162,9 @@ def test_masks_by_characters_equal_masks_by_common_prefixes_of_tokens(tokenizer,
             encoding._encodings = None
             return encoding
 
-    rows = [talk("Hi  ", f"{a} Hello{b}", "And?", f"{b}Well") for a in ("", " ", "\n") for b in ("", " é", "🙂")]
+    rows = [
+        talk("Hi  ", f"{a} Hello{b}", "And?", f"{b}Well") for a in ("", " ", "\n") for b in ("", " é", "🙂")
+    ]
     for of, template in ((tokenizer, None), (bos_tokenizer, LLAMA), (bos_tokenizer, "plain")):
         for row in rows:
             one, other = (encode(t, row, template=template) for t in (of, WithoutOffsets(of)))
@@ -218,7 +220,11 @@ def test_missing_and_unusable_templates_are_refused_with_the_key_to_set(tokenize
         (tokenizer, "{{ messages.append(1) }}", "forbidden"),
         (tokenizer, "{% for i in range(1000000) %}a{% endfor %}", "forbidden"),
         (tokenizer, "{{ 'x' * 9000000 }}", "made 9000000 characters"),
-        (tokenizer, "{% generation %}{{ messages[0].content }}{% endgeneration %}", "marks 1 parts .* 2 assistant"),
+        (
+            tokenizer,
+            "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+            "marks 1 parts .* 2 assistant",
+        ),
     ]
     for of, template, message in cases:
         with pytest.raises(ModelError, match=message):
@@ -266,7 +272,9 @@ def test_ids_outside_the_vocabulary_and_missing_end_are_refused(tokenizer, bos_t
 
 def test_a_bad_row_among_good_ones_keeps_the_order(tokenizer):
     rows = [talk("Hi", "Hello"), talk("Hi", "Hello " * 400), talk("And?", "Well")]
-    encoder = Encoder(tokenizer, tokenizer.chat_template, max_length=100, truncation="error", train_on="assistant")
+    encoder = Encoder(
+        tokenizer, tokenizer.chat_template, max_length=100, truncation="error", train_on="assistant"
+    )
     first, second, third = encoder.encode([parse(row, "messages") for row in rows])
     assert "Hello" in marked(tokenizer, first)
     assert isinstance(second, RowError)
