@@ -49,7 +49,9 @@ def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
     """The ds_config of a run, whole.
 
     `stage` is 1 (moments and masters are sharded), 2 (and gradients) or 3 (and weights); `precision`
-    is "fp32" or "bf16".
+    is "fp32" or "bf16". Limits that are not named here are DeepSpeed's: under stage 3 up to 1e9
+    gathered parameters are kept for the backward pass, so a small model is gathered once per
+    micro-batch.
     """
     config: dict[str, Any] = {
         # Sizes DeepSpeed insists on; batches are cut elsewhere and nothing of ours reads these.
@@ -107,21 +109,20 @@ class Zero:
             return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
         deepspeed = _deepspeed(self.world)
         config = deepspeed_config(stage=self.stage, precision=self.precision)
+        module = common.build_on_meta(build, self.world.device)
+        checkpoint_blocks(module, self.checkpointing)
         with _silent():
             os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # `zero.Init` reads it
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-            module = common.build_on_meta(build, self.world.device)
-            checkpoint_blocks(module, self.checkpointing)
             shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
-            masters = _fill(self.world, module, weights, COMPUTE[self.precision], shard)
-            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-            shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
-            parts = {name: Part(shapes[name], 0, parameter, 0, 0) for name, parameter in trained.items()}
+        masters = _fill(self.world, module, weights, COMPUTE[self.precision], shard)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+        parts = {name: Part(shapes[name], 0, parameter, 0, 0) for name, parameter in trained.items()}
+        adamw = common.optimizer_over(optimizer, parts)
+        with _silent():
             engine, *_ = deepspeed.initialize(
-                model=module.train(),
-                optimizer=common.optimizer_over(optimizer, parts),
-                config=config,
-                dist_init_required=False,
+                model=module.train(), optimizer=adamw, config=config, dist_init_required=False
             )
         if self.stage == 3:
             # DeepSpeed keeps every module it has sharded in this list for good, and reads of it
@@ -209,11 +210,13 @@ class ZeroEngine:
         self._updates += self._engine.was_step_applied()
         return float(self._engine.get_global_grad_norm())
 
-    def inference(self) -> contextlib.AbstractContextManager[None]:
-        return common.inference(self._engine)
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        with common.inference(self._engine):
+            yield
+        self._release()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        self._release()
         for name, parameter in self._engine.module.named_parameters():
             if name in self.trained:
                 yield name, self._whole(name)
@@ -251,6 +254,7 @@ class ZeroEngine:
                 for which, values in self._state(piece.flat).items():
                     piece.of(values).copy_(read(name, which, piece.start, piece.start + piece.length))
         for flat in self._flats():
+            self._state(flat)  # a rank that owns none of a group's elements steps on padding
             self._sharded.optimizer.state[flat]["step"].fill_(updates)
         self._updates = updates
         self._round()
@@ -298,7 +302,7 @@ class ZeroEngine:
             rounded.copy_(flat.detach())
 
     def _release(self) -> None:
-        """Drop gathered weights: an evaluation leaves some behind, to be used again."""
+        """Drop gathered weights: a forward pass leaves them to a backward pass that may not come."""
         if self._stage == 3:
             self._sharded._partition_all_parameters()
 

@@ -46,8 +46,8 @@ def two_more(engine):
 def resumed(world, strategy, precision, options, states):
     """The same from another rank's states, by an engine that began elsewhere and went on."""
     engine = make(world, strategy, precision, 7, options)
-    train(engine, [cut(world.size, 1, 9)], lr=0.5, clip=None)
-    with engine.inference():
+    train(engine, [cut(world.size, 2, step) for step in (8, 9)], lr=0.5, clip=None)
+    with torch.no_grad():
         engine(cut(world.size, 1)[world.rank][0])
     engine.load_state_dict(states[0].updates, reader(states))
     state, weights = engine.state_dict(), weights_of(engine)
