@@ -72,13 +72,14 @@ def composition(error: Exception, overrides: Sequence[str], directories: Sequenc
         mark = error.problem_mark
         return f"{mark.name}:{mark.line + 1}: not readable as YAML: {error.problem}"
     text = str(error)
+    groups, places = names.groups(directories), names.places(directories)
     for override in parsed(overrides):
-        if (fault := _fault(override, text, directories)) is not None:
+        if (fault := _fault(override, text, groups, places)) is not None:
             return fault
     if choice := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         where = re.match(r"In '([^']+)'", text)
         head = f"conf/{where[1]}.yaml: " if where else ""
-        return head + _no_choice(choice[1], choice[2], names.groups(directories))
+        return head + _no_choice(choice[1], choice[2], groups)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -96,14 +97,15 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def _fault(override: Override, text: str, directories: Sequence[Path]) -> str | None:
+def _fault(
+    override: Override, text: str, groups: Mapping[str, Sequence[str]], places: Sequence[Place]
+) -> str | None:
     """What is wrong with one override, or None; `text` is what Hydra said of all of them."""
     given, key = override.input_line or "", override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return None
     if override.is_sweep_override():
         return _swept(override)
-    groups, places = names.groups(directories), names.places(directories)
     value = override.value()
     if key in groups:
         if override.type == OverrideType.DEL:
@@ -129,7 +131,7 @@ def _fault(override: Override, text: str, directories: Sequence[Path]) -> str | 
     if f"'{key}'" not in text:
         return None
     if override.type == OverrideType.DEL:
-        return f"{given}: {key} cannot be removed; type {key}=null if it may be empty"
+        return f"{given}: there is no {key} with what is chosen; leave it out"
     if override.type == OverrideType.ADD:
         return f"{given}: {key} is there already; type {_typed(key, override)}"
     if choices := sorted({place.choice for place in places if place.key == key and place.choice}):

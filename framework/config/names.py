@@ -109,7 +109,7 @@ def _places_of(file: Path, directory: Path) -> Iterator[Place]:
         package = header[1] if header else group.replace("/", ".")
         prefix, choice = ("" if package == "_global_" else f"{package}."), f"{group}={file.stem}"
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError:
         return
     yield from _walk(root, prefix, file, choice)

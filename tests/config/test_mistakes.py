@@ -27,6 +27,7 @@ MISTAKES = [
     ("optim.lr", "optim.lr: expected KEY=VALUE; type optim.lr=2.0e-5"),
     ("+optim.lr=1e-3", "+optim.lr=1e-3: optim.lr is there already; type optim.lr=1e-3"),
     ("~optim.lr", "optim.lr: not set; type optim.lr=2.0e-5"),
+    ("~adapter.rank", "~adapter.rank: there is no adapter.rank with what is chosen; leave it out"),
     ("adapter.rank=8", "there is no adapter.rank with what is chosen; type adapter=lora and adapter.rank=8"),
     ("tracker.wandb.project=p", "type tracker=wandb and tracker.wandb.project=p"),
     ("loss.label_smoohting=0.1", "no such key; type loss.label_smoothing=0.1"),

@@ -113,6 +113,9 @@ def package(tmp_path, monkeypatch):
             def mean(logps, weight):
                 return -(logps * weight).sum() / weight.sum()
 
+            def open(logps, weight, **anything):
+                return Items(-logps, weight)
+
             def unrelated(*, command="rm"):
                 raise AssertionError("was called")
         """)
@@ -156,6 +159,9 @@ def test_what_a_trusted_package_imports_is_not_its_own(package, function):
             "loss.beta: mypackage.losses.needy needs it and it is not set; type [+]loss.beta=VALUE",
         ),
         ("mean", [], "returned Tensor; expected Items"),
+        ("open", ["+loss.a={_target_: os.system}"], "loss.a._target_: found inside of loss.a"),
+        ("open", ["+loss.a=[[{_target_: os.system}]]"], r"loss.a\[0\]\[0\]._target_: found inside"),
+        ("open", ["+loss._args_=[1]"], "loss._args_: found inside of loss"),
         ("unrelated", [], "takes none of logps"),
         ("focl", [], "no focl in mypackage.losses; type loss._target_=mypackage.losses.focal"),
     ],
