@@ -27,7 +27,8 @@ from pydantic import ValidationError
 import framework
 from framework.config import explain, targets
 from framework.config.record import withheld
-from framework.config.schema import Run, digest, validated
+from framework.config.schema import Run, digest
+from framework.config.settle import validated
 from framework.errors import ConfigError
 
 CONF = Path(framework.__file__).resolve().parent.parent / "conf"
