@@ -1,4 +1,4 @@
-"""From a composed tree to a run in which nothing is left open: one of each pair, absolute paths, a directory."""
+"""From a composed tree to a run with nothing left open: one of each pair, absolute paths, a directory."""
 
 from __future__ import annotations
 
