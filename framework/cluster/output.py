@@ -46,6 +46,8 @@ class Log:
                 plain = CONTROL.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
                 self.tail.append(plain.decode(errors="replace"))
                 self._file.write(plain + b"\n")
+            overwritten = self._rest.rstrip(b"\r").rfind(b"\r") + 1
+            self._rest = self._rest[overwritten:]  # a live line may be drawn for days and never end
 
     def note(self, text: str) -> None:
         """Lines of the launcher's own."""

@@ -14,6 +14,5 @@ stopped = gang.launch(
     nproc=2,
     log_dir=Path(log_dir),
     grace_s=float(grace_s),
-    environment={"WORD": "given"},
 )
 print("stopped by", stopped.name if stopped else None)

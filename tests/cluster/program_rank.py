@@ -17,28 +17,40 @@ HELPER = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
 RANK = int(os.environ["RANK"])
 
 
-def helper() -> int:
-    """Process id of a helper that has left this rank's session, as services of libraries do."""
-    child = subprocess.Popen([sys.executable, "-c", HELPER], stdout=subprocess.PIPE, start_new_session=True)
+def helper(own_session: bool) -> int:
+    """Process id of a helper, in this rank's session or, as services of libraries do, in its own."""
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", HELPER], stdout=subprocess.PIPE, start_new_session=own_session
+    )
     return int(child.stdout.readline())
 
 
+def other_is_ready() -> None:
+    while "ready" not in Path(os.environ["LOGS"], "rank-0.log").read_text():
+        time.sleep(0.02)
+
+
 def settings() -> int:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "WORD")
-    print(" ".join(f"{name}={os.environ[name]}" for name in names))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    print(" ".join(f"{name}={os.environ[name]}" for name in names), os.environ.get("WORD"))
     print(f"\rhalf\r\x1b[32mwhole\x1b[0m {sys.stdout.isatty()}", file=sys.stderr)
     return 0
 
 
 def raises() -> int:
     if RANK == 1:
+        other_is_ready()
         raise RuntimeError("wrong on one")
-    print("helper", helper(), flush=True)
     return wait()
+
+
+def raises_beside_deaf() -> int:
+    return raises() if RANK == 1 else deaf()
 
 
 def killed() -> int:
     if RANK == 1:
+        other_is_ready()
         print("last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return wait()
@@ -55,14 +67,14 @@ def refuses() -> int:
 
 
 def wait() -> int:
-    """Until a stop is asked for; then save, for half a second, with the helper still there."""
+    """Until a stop is asked for; then save, for half a second, with the helpers still there."""
     with StopRequest() as stop:
-        child = helper()
-        print("ready", os.getpid(), child, flush=True)
+        helpers = [helper(False), helper(True)]
+        print("ready", os.getpid(), *helpers, flush=True)
         while not stop.requested:
             time.sleep(0.01)
         time.sleep(0.5)
-        os.kill(child, 0)
+        assert all("sleep" in Path(f"/proc/{child}/cmdline").read_text() for child in helpers)
         print("saved after", signal.Signals(stop.signal).name, flush=True)
     return INTERRUPTED
 

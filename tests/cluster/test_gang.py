@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 
 from framework.cluster import gang, orphans
+from framework.cluster.output import Log
 
 RANK = str(Path(__file__).with_name("program_rank.py"))
 GANG = str(Path(__file__).with_name("program_gang.py"))
 
 
 def launch(mode, log_dir, **options):
-    options = {"grace_s": 20, "environment": {"WORD": "given"}} | options
-    return gang.launch([sys.executable, RANK, mode], nproc=2, log_dir=log_dir, **options)
+    environment = {"WORD": "given", "LOGS": str(log_dir)}
+    return gang.launch(
+        [sys.executable, RANK, mode], nproc=2, log_dir=log_dir, grace_s=20, environment=environment, **options
+    )
 
 
 def alive(process):
@@ -53,7 +56,7 @@ def test_ranks_know_their_place_and_write_their_logs(tmp_path, capfd):
     assert launch("settings", tmp_path, threads=3) is None
     shown = capfd.readouterr()
     line = "RANK={0} WORLD_SIZE=2 LOCAL_RANK={0} LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=3 "
-    line += "WORD=given\n"
+    line += "given\n"
     assert shown.out == line.format(0)  # rank 0 alone is on the console, with its streams kept apart
     assert "whole" in shown.err
     for rank in (0, 1):
@@ -86,9 +89,8 @@ def test_the_rank_that_raised_is_named_once_and_the_others_end(tmp_path, capfd):
     )
     assert "RuntimeError: wrong on one" in (tmp_path / "rank-1.log").read_text()
     assert "Traceback" not in capfd.readouterr().err
-    helpers = re.findall(r"^helper (\d+)$", (tmp_path / "rank-0.log").read_text(), re.MULTILINE)
-    assert helpers
-    assert not any(alive(process) for process in helpers)
+    (line,) = re.findall(r"^ready (.*)$", (tmp_path / "rank-0.log").read_text(), re.MULTILINE)
+    assert not any(alive(process) for process in line.split())
 
 
 def test_a_killed_rank_is_named_with_its_last_words(tmp_path):
@@ -96,6 +98,15 @@ def test_a_killed_rank_is_named_with_its_last_words(tmp_path):
     with pytest.raises(gang.WorkerFailed, match=r"last words\nerror: rank 1 .* ended by SIGKILL") as caught:
         launch("killed", tmp_path)
     assert caught.value.status == -signal.SIGKILL
+    assert time.monotonic() - began < 15
+
+
+def test_a_rank_that_hears_nothing_does_not_hold_up_a_failure(tmp_path, monkeypatch):
+    """As one that waits in a collective for the rank that failed; torch-elastic alone waits 30 s."""
+    monkeypatch.setattr(gang, "FAILURE_GRACE_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(gang.WorkerFailed, match="RuntimeError: wrong on one"):
+        launch("raises_beside_deaf", tmp_path)
     assert time.monotonic() - began < 15
 
 
@@ -119,7 +130,7 @@ def start(mode, log_dir, grace_s=20):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_reaches_the_ranks_which_save_and_leave(tmp_path, number):
-    """Also the helper of a rank lives until the rank has saved, and not longer."""
+    """Also the helpers of a rank live until the rank has saved, and not longer."""
     launcher = start("wait", tmp_path)
     processes = ready(tmp_path)
     launcher.send_signal(number)
@@ -155,7 +166,7 @@ def test_a_second_stop_ends_at_once_and_patience_ends_too(tmp_path):
 def test_a_killed_launcher_leaves_no_orphans(tmp_path):
     launcher = start("wait", tmp_path)
     processes = ready(tmp_path)
-    assert len(processes) == 4
+    assert len(processes) == 6
     assert all(alive(process) for process in processes)
     launcher.kill()
     launcher.communicate()
@@ -175,6 +186,19 @@ def test_a_sweep_ends_only_what_carries_the_mark():
     assert both[1].poll() is None
     both[1].kill()
     both[1].wait()
+
+
+def test_a_log_keeps_what_would_be_left_on_paper(tmp_path):
+    """A live line is drawn over and over and may come in any pieces; it is not piled up meanwhile."""
+    log = Log(tmp_path / "rank-0.log")
+    for step in range(1000):
+        for piece in (b"\r\x1b[", f"2Kstep {step}".encode()):
+            log.write(piece)
+    assert len(log._rest) < 100
+    log.write(b"\r\x1b[2K\x1b[1msaved\x1b[0m\nstep 1000")
+    log.close()
+    assert (tmp_path / "rank-0.log").read_text() == "saved\nstep 1000\n"
+    assert list(log.tail) == ["saved", "step 1000"]
 
 
 def test_rank_0_gets_a_terminal_where_the_launcher_has_one(tmp_path):
