@@ -1,0 +1,240 @@
+"""report.html: what became of a run, on one page that needs nothing else to be read.
+
+Made from the files of the run directory (metrics.jsonl, config.yaml, result.json), so it can be made
+again at any time: python -m framework.track.report RUN_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from framework.track import jsonl
+from framework.track.chart import COLOURS, Points, chart, number
+from framework.track.page import CONFIGURATION, PAGE
+
+Record = Mapping[str, Any]
+COUNTS = ("units", "tokens")  # of a held-out set: not a quality
+MORE_IS_BETTER = ("accuracy", "reward", "score", "exact")
+
+
+class Report:
+    """Writes `run_dir`/report.html at each evaluation and at the end.
+
+    `config` is the configuration to show, without secrets; None shows config.yaml. Goes behind the
+    tracker that writes metrics.jsonl.
+    """
+
+    def __init__(self, run_dir: Path, *, config: Mapping[str, Any] | None = None) -> None:
+        self._run_dir = Path(run_dir)
+        self._config = config
+
+    def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
+        if kind == "eval":
+            build(self._run_dir, status="running", config=self._config)
+
+    def artifact(self, path: Path, *, kind: str) -> None:
+        """Artifacts are found by their place in the run directory."""
+
+    def close(self, status: str) -> None:
+        build(self._run_dir, status=status, config=self._config)
+
+
+def build(run_dir: Path, *, status: str | None = None, config: Mapping[str, Any] | None = None) -> Path:
+    """Write report.html and return its path. What is not given is read from the run directory."""
+    records = list(jsonl.read(run_dir / "metrics.jsonl"))
+    if config is None:
+        config = yaml.safe_load(_text(run_dir / "config.yaml")) or {}
+    if status is None:
+        status = json.loads(_text(run_dir / "result.json") or "{}").get("status", "not finished")
+    page = render(records, config=config, status=status, name=Path(run_dir).resolve().name)
+    path = run_dir / "report.html"
+    temporary = run_dir / "report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str, name: str) -> str:
+    """The page. Every text that is not ours is escaped, and the page may load nothing."""
+    train = [record for record in records if record["kind"] == "train"]
+    held_out = [record for record in records if record["kind"] == "eval"]
+    events = [record for record in records if record["kind"] == "event"]
+    samples = [record for record in records if record["kind"] == "samples"]
+    resumes = [record["step"] for record in events if "resumed" in record["message"]]
+    title = str(config.get("name") or name)
+    sections = [
+        _section("", _tiles(train, held_out), "tiles"),
+        _section("Curves", _curves(train, held_out, resumes), "charts"),
+        _section("Samples", _samples(samples[-1]["rows"]) if samples else "", "samples"),
+        _section("Where the tokens came from", _sources(train)),
+        _section("What happened", _events(events)),
+        _section("Configuration", _configuration(config)),
+    ]
+    return PAGE.format(
+        title=escape(title),
+        status=escape(status),
+        mood={"done": "good", "failed": "bad"}.get(status, "open"),
+        about=escape(" · ".join(_about(config))),
+        body="".join(sections),
+    )
+
+
+def _section(title: str, body: str, kind: str = "") -> str:
+    heading = f"<h2>{title}</h2>" if title else ""
+    return f'<section>{heading}<div class="{kind}">{body}</div></section>' if body else ""
+
+
+def _about(config: Mapping[str, Any]) -> Iterable[str]:
+    """What was trained on what, in a few words."""
+    for path in ("stage.name", "model.path", "adapter.kind", "strategy.name", "precision"):
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            yield str(value)
+
+
+def _tiles(train: Sequence[Record], held_out: Sequence[Record]) -> str:
+    """Held-out numbers before and after, then what it took."""
+    tiles = []
+    for metric in _metrics(held_out):
+        points = _points(held_out, metric)
+        (first, before), (last, after) = points[0], points[-1]
+        name, _, what = metric.rpartition("/")
+        if what == "perplexity":
+            continue  # the exponential of the loss: its curve says nothing new
+        up = any(word in what for word in MORE_IS_BETTER)
+        mood = "" if first == last or before == after else "good" if (after > before) == up else "bad"
+        value = number(after) if first == last else f"<i>{number(before)} →</i> {number(after)}"
+        steps = f"step {last:,.0f}" if first == last else f"step {first:,.0f} to {last:,.0f}"
+        tiles.append(_tile(f"{name} {what}", value, f"held out, {steps}", mood))
+    if train:
+        tokens, seconds = _total(train, "tokens"), _total(train, "seconds")
+        tiles.append(_tile("steps", f"{train[-1]['step']:,}", f"{_duration(seconds)} of training"))
+        tiles.append(_tile("tokens", number(tokens), f"{number(_total(train, 'trained_tokens'))} trained"))
+        if rates := [y for _, y in _points(train, "tokens_per_s")]:
+            tiles.append(_tile("tokens per second", number(statistics.median(rates)), "median"))
+        if peaks := [y for _, y in _points(train, "peak_memory_bytes")]:
+            tiles.append(_tile("peak memory", f"{max(peaks) / 2**30:.3g} GiB", "of the largest process"))
+    return "".join(tiles)
+
+
+def _tile(label: str, value: str, note: str, mood: str = "") -> str:
+    text = f"<span>{escape(label)}</span><b>{value}</b><small>{escape(note)}</small>"
+    return f'<div class="tile {mood}">{text}</div>'
+
+
+def _curves(train: Sequence[Record], held_out: Sequence[Record], resumes: Sequence[float]) -> str:
+    by_source = sorted({key for record in train for key in record if key.startswith("loss/")})
+    losses = {"all": _points(train, "loss")}
+    if len(by_source) > 1:
+        losses |= {key.removeprefix("loss/"): _points(train, key) for key in by_source}
+    charts = [chart("Training loss", losses, unit="nats a token", marks=resumes, noisy=True)]
+    by_metric: dict[str, dict[str, Points]] = {}
+    for metric in _metrics(held_out):
+        name, _, what = metric.rpartition("/")
+        by_metric.setdefault(what, {})[name] = _points(held_out, metric)
+    for what, series in by_metric.items():
+        if what != "perplexity":
+            only = "" if len(series) > 1 else next(iter(series))
+            charts.append(chart(f"Held-out {what}", series, unit=only, marks=resumes))
+    memory = [(step, value / 2**30) for step, value in _points(train, "peak_memory_bytes")]
+    for title, unit, points, noisy, from_zero in (
+        ("Gradient norm", "before clipping", _points(train, "grad_norm"), True, False),
+        ("Learning rate", "", _points(train, "lr"), False, True),
+        ("Speed", "tokens per second", _points(train, "tokens_per_s"), True, True),
+        ("Peak memory", "GiB, largest process", memory, False, True),
+    ):
+        charts.append(
+            chart(title, {title: points}, unit=unit, marks=resumes, noisy=noisy, from_zero=from_zero)
+        )
+    return "".join(charts)
+
+
+def _samples(rows: Sequence[Record]) -> str:
+    cards = []
+    for row in rows:
+        answers = [
+            f'<div class="{"after" if column == "after" else ""}"><span>{escape(str(column))}</span>'
+            f"<p>{escape(str(text))}</p></div>"
+            for column, text in row.items()
+            if column != "prompt"
+        ]
+        prompt = f'<p class="prompt">{escape(str(row.get("prompt", "")))}</p>'
+        cards.append(f'<article>{prompt}<div class="answers">{"".join(answers)}</div></article>')
+    return "".join(cards)
+
+
+def _sources(train: Sequence[Record]) -> str:
+    """Tokens by source, as a bar and a table."""
+    names = list(dict.fromkeys(key[7:] for record in train for key in record if key.startswith("tokens/")))
+    tokens = {name: _total(train, f"tokens/{name}") for name in names}
+    total = sum(tokens.values())
+    if not total:
+        return ""
+    bar, rows = [], []
+    for i, (name, count) in enumerate(tokens.items()):
+        colour = f"background:var(--line-{i % COLOURS})"
+        bar.append(f'<i style="{colour};flex:{count / total:.6f}"></i>')
+        trained = _total(train, f"trained_tokens/{name}")
+        rows.append(
+            f'<tr><td><i class="key" style="{colour}"></i>{escape(name)}</td><td>{count:,.0f}</td>'
+            f"<td>{trained:,.0f}</td><td>{count / total:.1%}</td></tr>"
+        )
+    head = "<tr><th>source</th><th>tokens</th><th>trained</th><th>share</th></tr>"
+    return f'<div class="bar">{"".join(bar)}</div><table>{head}{"".join(rows)}</table>'
+
+
+def _events(events: Sequence[Record]) -> str:
+    lines = "".join(
+        f"<li><b>step {event['step']}</b> {escape(str(event['message']))}</li>" for event in events
+    )
+    return f'<ul class="events">{lines}</ul>' if lines else ""
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
+    return CONFIGURATION.format(text=escape(text))
+
+
+def _metrics(held_out: Sequence[Record]) -> list[str]:
+    """Names of held-out qualities, "<set>/<metric>", losses first."""
+    names = dict.fromkeys(key for record in held_out for key in record if "/" in key)
+    kept = [name for name in names if name.rpartition("/")[2] not in COUNTS and _points(held_out, name)]
+    return sorted(kept, key=lambda name: not name.endswith("/loss"))
+
+
+def _points(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever `key` is a number; "NaN" and "Infinity" count as such."""
+    return [(float(record["step"]), float(record[key])) for record in records if record.get(key) is not None]
+
+
+def _total(records: Sequence[Record], key: str) -> float:
+    return sum(value for _, value in _points(records, key))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "metrics.jsonl").is_file():
+        sys.exit("found no metrics.jsonl; type: python -m framework.track.report RUN_DIR")
+    print(build(Path(sys.argv[1])))
