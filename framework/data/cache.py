@@ -31,8 +31,8 @@ class Damaged(Exception):
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """32 hex digits of JSON-able parts, whatever the order of their keys."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    """32 hex digits of nested parts, whatever the order of their keys."""
+    text = json.dumps(parts, sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 

@@ -36,13 +36,15 @@ def example(table: Table, row: int, tokenizer: Any, *, colours: bool, limit: int
         run = tokenizer.decode(
             ids[start:stop].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        cut = run[: limit - shown] + (" …" if len(run) > limit - shown else "")
+        cut = run[: limit - shown]
         if not trained[start]:
             text.append(cut, style="dim not bold")
         else:
             text.append(cut if colours else f"{OPENED}{cut}{CLOSED}", style="green not bold")
         shown += len(run)
         start = stop
+    if start < len(ids) or shown > limit:
+        text.append(" …", style="dim not bold")
     return text
 
 

@@ -8,7 +8,6 @@ the memory-mapped result.
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -36,7 +35,7 @@ ARRAYS = {
     "lines": "<i8",
 }
 CHUNK = 256  # rows that are tokenised together
-INLINE_CHUNKS = 32  # rows tokenised before helpers pay: starting one costs seconds
+INLINE_CHUNKS = 128  # tokenised before helpers pay: starting one costs seconds
 DETECTION_ROWS = 20  # first rows that must agree on a format
 
 Progress = Callable[[str, int], None]
@@ -182,14 +181,14 @@ def tokenizer_identity(tokenizer: Any) -> str:
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts["backend"] = {
-            key: value for key, value in backend.items() if key not in ("truncation", "padding")
-        }
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # both are left by the last call and set anew by the next
+        backend.no_padding()
+        parts["backend"] = backend.to_str()
     else:
         parts["vocabulary"] = tokenizer.get_vocab()
         parts["settings"] = {key: str(value) for key, value in tokenizer.init_kwargs.items()}
-    return cache.fingerprint(json.loads(json.dumps(parts, default=str)))
+    return cache.fingerprint(parts)
 
 
 def _build(

@@ -80,7 +80,7 @@ def test_targets_are_the_next_tokens_of_their_own_segment(prepared):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_examples_of_a_step_do_not_depend_on_the_world(prepared, packing):
-    """World sizes 1 to 4, packed and padded: same segments, same targets, same facts, same number of micros."""
+    """World sizes 1 to 4, packed and padded: same segments, targets, facts and number of micro-batches."""
     alone = make(prepared)
     groups = {
         size: [make(prepared, rank=r, world_size=size, packing=packing) for r in range(size)]

@@ -37,7 +37,7 @@ def test_without_weights_every_row_comes_once_per_epoch():
 def test_without_shuffle_rows_keep_their_order():
     picks = Mixture(Group(TRAIN), seed=3, shuffle=False).picks(0, 103)
     expected = [(s, row) for s, t in enumerate(TRAIN) for row in range(len(t))]
-    assert [(p.source, p.row) for p in picks] == expected + [(0, 0), (0, 1)]
+    assert [(p.source, p.row) for p in picks] == [*expected, (0, 0), (0, 1)]
 
 
 def test_the_order_is_fixed_forever():
@@ -75,7 +75,7 @@ def test_turns_stay_near_their_share_and_start_anywhere(weights):
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.35, 0.5, 0.9])
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
 def test_replay_has_its_share_of_trained_tokens_at_every_prefix(fraction, weights):
-    """Off by less than one example: behind by at most f * train row, ahead by at most (1 - f) * replay row."""
+    """Off by less than one example: behind by at most f * a train row, ahead by (1 - f) * a replay row."""
     mixture = Mixture(Group(TRAIN, weights), Group(REPLAY, weights), fraction=fraction, seed=1)
     replayed = total = 0
     longest = {False: max(t.max() for t in TRAIN), True: max(t.max() for t in REPLAY)}

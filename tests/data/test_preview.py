@@ -1,0 +1,63 @@
+"""What people see: trained tokens marked, counts complete, every example in the first step's plan."""
+
+import io
+
+from rich.console import Console
+
+from framework.data import preview, tables
+from framework.data.mixture import Group, Mixture
+from framework.data.sources import Source
+
+
+def printed(shown):
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(shown, soft_wrap=True)
+    return stream.getvalue()
+
+
+def talk(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def prepared(tokenizer, tmp_path, write):
+    rows = [talk("Hi", "Hello"), talk("Say [bold]", "a" * 50), talk("", "x"), talk("And?", "Well")]
+    [table] = tables.prepare(
+        [Source(write("mine.jsonl", rows))],
+        tokenizer=tokenizer,
+        max_length=256,
+        on_bad_row="drop",
+        cache_dir=tmp_path / "cache",
+    )
+    return table
+
+
+def test_trained_tokens_stand_between_marks(tokenizer, tmp_path, write):
+    table = prepared(tokenizer, tmp_path, write)
+    shown = printed(preview.example(table, 0, tokenizer, colours=False))
+    assert "mine.jsonl:1  " in shown
+    assert "tokens, " in shown
+    assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n" in shown
+    assert "[bold]" in printed(preview.example(table, 1, tokenizer, colours=False))
+    coloured = preview.example(table, 0, tokenizer, colours=True)
+    [trained] = [span for span in coloured.spans if "green" in str(span.style)]
+    assert coloured.plain[trained.start : trained.end] == "Hello<|im_end|>"
+    cut = printed(preview.example(table, 1, tokenizer, colours=False, limit=60))
+    assert "…" in cut
+
+
+def test_counts_name_what_was_dropped(tokenizer, tmp_path, write):
+    table = prepared(tokenizer, tmp_path, write)
+    line = printed(preview.counts([table])).splitlines()[-1].split()
+    c = table.counts
+    expected = ["mine", "messages", 4, 3, c.tokens, c.trained_tokens, table.lengths.max(), 0, "empty:", 1]
+    assert line == [str(part) for part in expected]
+
+
+def test_the_first_step_is_shown_whole(tokenizer, tmp_path, write):
+    table = prepared(tokenizer, tmp_path, write)
+    mixture = Mixture(Group([table.trained]), seed=0)
+    shown = printed(preview.packed([table], mixture, sequences=3, tokens_per_micro=80, packing=True, ranks=2))
+    assert shown.count("mine:") == 3
+    assert "rank 1 micro 0" in shown
+    efficiency = table.lengths.sum() / (80 * shown.count("micro"))
+    assert f"packing efficiency {efficiency:.1%}" in shown
