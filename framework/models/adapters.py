@@ -37,7 +37,7 @@ class Lora:
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
             lora_dropout=self.dropout,
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
         )
@@ -105,6 +105,7 @@ def save(lm: Any, directory: Path, *, base: str) -> None:
         config.inference_mode = True
     # embedding layers are never trained here; without this peft asks the network whether they grew
     lm.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
 def reload(lm: nn.Module, directory: Path) -> Any:

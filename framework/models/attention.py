@@ -28,6 +28,12 @@ from framework.errors import ModelError
 
 KEYWORD = "segments"  # the keyword that carries the plan through the model to its attention layers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "cache")  # attention that ours is not
+LACKS = {
+    "sdpa": ("capped attention scores",),
+    "varlen": ("capped attention scores", "attention dropout", "attention sinks", "heads wider than 256"),
+    "flash_attention_2": ("attention sinks", "heads wider than 256"),
+    "flash_attention_3": ("attention dropout", "attention sinks", "heads wider than 256"),
+}
 WITH_SINKS = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
 FLASH = ("flash_attention_2", "flash_attention_3")
 # What transformers calls ours. It reads "sdpa" and "flash" out of names and then thinks it knows them.
@@ -116,47 +122,40 @@ def choose(name: str, device: torch.device, config: PretrainedConfig, dtype: tor
     takes the faster of fused and explicit scores by length. Raises ModelError for an unknown name, and
     for one that this device, precision or model cannot have.
     """
-    text = config.get_text_config(decoder=True)
-    softcap = getattr(text, "attn_logit_softcapping", None) is not None
     if name not in NAMES:
         raise ModelError(f"model.attention={name} is unknown; type one of {', '.join(NAMES)}")
-    half = dtype in (torch.float16, torch.bfloat16)
-    if name in ("eager", "sdpa"):
-        if name == "sdpa" and softcap:
-            raise ModelError(
-                f"model.attention=sdpa cannot cap attention scores as {config.model_type} does; type "
-                "model.attention=auto or eager"
-            )
-        return OURS[name]
-    if name != "auto":
-        problem = None
-        if device.type != "cuda" or not half:
-            problem = f"needs CUDA and precision=bf16, not {device.type} and {dtype}".replace("torch.", "")
-        elif name in FLASH and not _flash_installed(name):
-            problem = "is not installed, nor is its Hub kernel in the local cache"
-        elif name == "varlen" and (reason := _varlen_cannot(text)):
-            problem = f"cannot do {reason}, which {config.model_type} has"
-        if problem:
-            raise ModelError(f"model.attention={name} {problem}; type model.attention=auto")
-        return OURS.get(name, name)
-    if device.type == "cuda" and half:
-        for flash in ("flash_attention_3", "flash_attention_2"):
-            if _flash_installed(flash) and not (softcap and flash.endswith("3")):
-                return flash
-        if not _varlen_cannot(text):
-            return OURS["varlen"]
-    return OURS["eager" if softcap else "auto"]
+    if name == "auto":
+        kernels = ("flash_attention_3", "flash_attention_2", "varlen")
+        name = next((kernel for kernel in kernels if not _problem(kernel, device, config, dtype)), "auto")
+    elif problem := _problem(name, device, config, dtype):
+        raise ModelError(f"model.attention={name} {problem}; type model.attention=auto")
+    return OURS.get(name, name)
 
 
-def _varlen_cannot(config: PretrainedConfig) -> str | None:
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "capped attention scores"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention dropout"
-    if config.model_type in WITH_SINKS:
-        return "attention sinks"
-    return "heads wider than 256" if head_width > 256 else None
+def _problem(name: str, device: torch.device, config: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot be had here, if it cannot."""
+    text = config.get_text_config(decoder=True)
+    has = {
+        "capped attention scores": getattr(text, "attn_logit_softcapping", None) is not None,
+        "attention dropout": bool(getattr(text, "attention_dropout", 0.0)),
+        "attention sinks": config.model_type in WITH_SINKS,
+        "heads wider than 256": _head_width(text) > 256,
+    }
+    if cannot := [feature for feature in LACKS.get(name, ()) if has[feature]]:
+        return f"cannot do {' or '.join(cannot)}, which {config.model_type} has"
+    if name not in LACKS or name == "sdpa":
+        return None
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"needs CUDA and precision=bf16, not {device.type} and {str(dtype).removeprefix('torch.')}"
+    if name in FLASH and not _flash_installed(name):
+        return "is not installed, nor is its Hub kernel in the local cache"
+    return None
+
+
+def _head_width(config: PretrainedConfig) -> int:
+    latent = getattr(config, "qk_head_dim", None)
+    width = latent or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width)
 
 
 def _flash_installed(name: str) -> bool:
@@ -236,11 +235,11 @@ def _by_groups(query: Tensor, key: Tensor, value: Tensor, segments: Segments, ru
     place = 0
     for group in segments.groups:
         size = group.rows * group.length
-        own = (
+        q, k, v = (
             tensor[place : place + size].unflatten(0, (group.rows, group.length)).transpose(1, 2)
             for tensor in tokens
         )
-        parts.append(_causal(*own, rules).transpose(1, 2).flatten(0, 1))  # [rows * L, H, D]
+        parts.append(_causal(q, k, v, rules).transpose(1, 2).flatten(0, 1))  # [rows * L, H, D]
         place += size
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if segments.inverse is not None:
@@ -381,6 +380,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rules
         window_size=(-1 if rules.window is None else rules.window - 1, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
+    assert isinstance(out, Tensor)
     return out[None]
 
 

@@ -63,20 +63,24 @@ def export(
         for _ in weights:
             pass
         return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which else wonders aloud
     with load.quiet():
         kind = DTYPES[dtype] if dtype else _own_dtype(description)
-        lm = _filled(description, weights, lora, torch.float32 if lora else kind)
+        lm, frozen = _filled(description, weights, lora, torch.float32 if lora else kind)
         expected = _answers(lm)  # of what was handed in
         if merge:
             lm = adapters.merged(lm)
             _same(_answers(lm), expected, directory, "the merged model", TOLERANCE_MERGED)
-            lm = lm.to(kind)
+            lm = load.cast(lm, kind)
             expected = _answers(lm)
         with _replacing(directory) as draft:
             if lora and not merge:
                 _write_adapter(lm, draft, description, DTYPES[dtype] if dtype else torch.float32)
                 del lm
                 base = load.load(description, dtype=torch.float32)
+                for name, parameter in base.named_parameters():
+                    parameter.data = parameter.data.to(frozen[name]).float()
                 tolerance = TOLERANCE if dtype in (None, "fp32") else 2e-2
                 _same(_answers(adapters.reload(base, draft)), expected, directory, "the adapter", tolerance)
             else:
@@ -99,21 +103,25 @@ def _filled(
     weights: Iterable[tuple[str, Tensor]],
     lora: adapters.Lora | None,
     dtype: torch.dtype,
-) -> Any:
-    """The transformers (or peft) model in `dtype` that holds exactly `weights`."""
+) -> tuple[Any, dict[str, torch.dtype]]:
+    """The transformers (or peft) model in `dtype` that holds exactly `weights`, and the type that each
+    frozen weight came in, by its name in the plain model: a run in bf16 trains against a rounded base."""
     build = load.builder(description, attention="eager", head_chunk_tokens=1, adapter=lora)
-    policy = build().to(dtype)
+    policy = load.cast(build(), dtype)
     waiting = dict(policy.named_parameters())
+    types: dict[str, torch.dtype] = {}
     with torch.no_grad():
         for name, tensor in weights:
             if name not in waiting:
                 raise ValueError(f"{name} is no parameter of this model, or came twice")
             waiting.pop(name).copy_(tensor)
+            if plain := adapters.base_name(name.removeprefix(load.PREFIX)):
+                types[plain] = tensor.dtype
     if waiting:
         raise ValueError(f"{len(waiting)} parameters were not handed in, such as {min(waiting)}")
     lm = policy.lm.eval()
     lm.generation_config = load.generation_config(description)
-    return lm
+    return lm, types
 
 
 def _write_model(lm: Any, draft: Path, description: Description) -> None:
@@ -123,7 +131,7 @@ def _write_model(lm: Any, draft: Path, description: Description) -> None:
 
 def _write_adapter(lm: Any, draft: Path, description: Description, dtype: torch.dtype) -> None:
     written = copy.deepcopy(lm) if dtype != torch.float32 else lm
-    adapters.save(written.to(dtype), draft, base=description.path)
+    adapters.save(load.cast(written, dtype), draft, base=description.path)
     description.tokenizer.save_pretrained(draft)
 
 

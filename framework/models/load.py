@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from framework.models import adapters, attention, families, source
 from framework.models.adapters import Lora
 from framework.models.policy import Policy
 from framework.models.source import Source
+from framework.strategy.base import Build, Weights
 
 Adapter = Lora | Mapping[str, Any] | None
 PREFIX = "lm."  # of every parameter of a `Policy`
@@ -105,7 +107,7 @@ def attention_for(description: Description, name: str, device: torch.device, *, 
 
 def builder(
     description: Description, *, attention: str, head_chunk_tokens: int, adapter: Adapter = None
-) -> Any:
+) -> Build:
     """Makes the structure of the `Policy`, in fp32, with values that mean nothing yet.
 
     `attention` is a name from `attention_for`. Buffers (rotary tables) are real even where the strategy
@@ -122,7 +124,7 @@ def builder(
     return build
 
 
-def reader(description: Description, *, adapter: Adapter = None, seed: int = 0) -> Any:
+def reader(description: Description, *, adapter: Adapter = None, seed: int = 0) -> Weights:
     """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
 
     Pretrained weights keep the type they are stored in (fp32 for GGUF). New ones, `init=random` and
@@ -149,11 +151,11 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
     if description.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "init"))
-            return _structure(description.config, "eager").to(dtype or torch.float32)
+            return cast(_structure(description.config, "eager"), dtype or torch.float32)
     found = description.source
     files = found.weight_files()
     stored = torch.float32 if found.gguf_file else _stored_dtype(files)
-    lm, report = AutoModelForCausalLM.from_pretrained(
+    answer: Any = AutoModelForCausalLM.from_pretrained(
         found.directory,
         config=None if found.gguf_file else copy.deepcopy(description.config),
         gguf_file=found.gguf_file,
@@ -164,6 +166,7 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
         local_files_only=True,
         output_loading_info=True,
     )
+    lm, report = answer
     absent = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
     if absent:
         raise ModelError(
@@ -184,6 +187,13 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
         lm.set_attn_implementation(attention.OURS["auto"])
         families.prove(Policy(lm, head_chunk_tokens=16), lm)
     return lm.eval()
+
+
+def cast(lm: Any, dtype: torch.dtype) -> Any:
+    """`lm` with its parameters in `dtype`. Buffers stay: a rotary table in bf16 is a wrong one."""
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return lm
 
 
 def undo_quantisation(lm: Any) -> None:
@@ -277,7 +287,9 @@ def quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between transformers and peft, not for the user
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

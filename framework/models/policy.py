@@ -58,11 +58,12 @@ class Policy(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder layers, in order: what is sharded, and recomputed, as a unit."""
         body = causal_lm(self.lm).base_model
-        lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+        lists: list[Any] = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
+        largest: Any = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+        return list(largest)
 
 
-def causal_lm(lm: nn.Module) -> Any:
+def causal_lm(lm: Any) -> Any:
     """The transformers model itself, out of a peft model if it is in one."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 

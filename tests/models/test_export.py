@@ -67,6 +67,18 @@ def test_an_adapter_is_what_peft_loads(description, tmp_path):
     assert count == 42
 
 
+def test_an_adapter_trained_against_a_rounded_base_is_right_too(description, tmp_path):
+    """In bf16 the engine's frozen weights are rounded ones of the fp32 base: no fault of the adapter's."""
+    given = [
+        (name, tensor if adapters.is_adapter(name) else tensor.bfloat16())
+        for name, tensor in _trained(description, LORA)
+    ]
+    export.export(tmp_path / "a", description=description, weights=given, adapter=LORA)
+    given = [(name, tensor * 1.5 if "up_proj.base" in name else tensor) for name, tensor in given]
+    with pytest.raises(export.ExportError, match="the adapter answers otherwise"):
+        export.export(tmp_path / "b", description=description, weights=given, adapter=LORA)
+
+
 @torch.no_grad()
 def test_a_merged_model_answers_as_base_and_adapter(description, tmp_path):
     """W + (alpha / rank) B A = W + 2 B A, added in fp32."""

@@ -1,0 +1,124 @@
+"""A run's checkpoint as a Hugging Face model: `python launch/export.py RUN_DIR [--out DIRECTORY]`
+
+Needs no GPU and no process group, only memory for one model. Writes RUN_DIR/model, or the adapter alone for
+a LoRA run; --merge writes the whole model with the adapter in it. What was written is loaded again with
+transformers (and peft) and must give the logits of the checkpoint's weights before it gets its name.
+
+Exit status: 0 done, 2 refused, anything else failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if importlib.util.find_spec("framework") is None:  # not installed: the repository it stands in
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from framework.config import record
+from framework.errors import DONE, REFUSED, CheckpointError, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from framework.models.load import Description
+    from framework.train.restore import Checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The whole command. Ends the process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="a run's directory")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest whole one")
+    parser.add_argument("--merge", action="store_true", help="add the adapter to the model's weights")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as the model came")
+    parser.add_argument("--out", type=Path, metavar="DIRECTORY", help="default: RUN_DIR/model")
+    given = parser.parse_args(arguments)
+    out = given.out or given.run_dir / "model"
+    try:
+        run = record.load(given.run_dir / "config.yaml")
+        from framework.models import export, load  # imports torch: a refusal must not wait for it
+
+        checkpoint = newest(given.run_dir, given.checkpoint)
+        model = run.model
+        description = load.inspect(
+            model.path, revision=model.revision, gguf_file=model.gguf_file, init=model.init
+        )
+        if checkpoint.identity.get("model", description.fingerprint) != description.fingerprint:
+            raise ConfigError(
+                f"{checkpoint.path} was trained from another model than model.path={model.path} is now; put "
+                "back the one that the run started from"
+            )
+        adapter = None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
+        print(f"writing {checkpoint.path} to {out}", flush=True)
+        export.export(
+            out,
+            description=description,
+            weights=weights(checkpoint, description, adapter, run.seed),
+            adapter=adapter,
+            merge=given.merge,
+            dtype=given.dtype,
+        )
+    except (UserError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    print(f"loaded again and compared: {out} holds the weights of step {checkpoint.step}")
+    sys.exit(DONE)
+
+
+def newest(run_dir: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that is whole, every file verified.
+
+    Raises CheckpointError.
+    """
+    from framework.train import commit
+    from framework.train.restore import Checkpoint
+
+    directory = run_dir / "checkpoints"
+    found = sorted(path for path in directory.glob("step-*") if commit.COMMITTED.fullmatch(path.name))
+    wanted = found if step is None else [path for path in found if path.name == f"step-{step:06d}"]
+    if not wanted:
+        there = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(
+            f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}"
+        )
+    problems: list[str] = []
+    for path in reversed(wanted):
+        try:
+            manifest = commit.Manifest.decode(commit.read_manifest(path))
+            damage = [problem for name in manifest.files if (problem := commit.damage(path, manifest, name))]
+        except (OSError, ValueError) as error:
+            damage = [f"{path}: {error}"]
+        if not damage:
+            for problem in problems:
+                print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
+            return Checkpoint(path, manifest)
+        problems += damage
+    raise CheckpointError("; ".join(problems))
+
+
+def weights(
+    checkpoint: Checkpoint, description: Description, adapter: Any, seed: int
+) -> Iterator[tuple[str, Any]]:
+    """Every parameter once: the checkpoint's fp32 masters, and what was frozen as the model came."""
+    from framework.models import load
+    from framework.strategy.base import MASTER
+
+    saved = checkpoint.parameters
+
+    def master(name: str) -> Any:
+        count = saved[name].pieces[-1][2]
+        return checkpoint.read(name, MASTER, 0, count).view(saved[name].shape)
+
+    if adapter is None:
+        for name in saved:
+            yield name, master(name)
+        return
+    for name, tensor in load.reader(description, adapter=adapter, seed=seed)():
+        yield name, master(name) if name in saved else tensor
+
+
+if __name__ == "__main__":
+    main()
