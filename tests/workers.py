@@ -108,7 +108,7 @@ class Gang:
                 connection = waiting.pop(rank)
                 try:
                     good, value = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     self.processes[rank].join(5)
                     good, value = False, f"process died, exit code {self.processes[rank].exitcode}"
                 if good:
@@ -153,6 +153,7 @@ def _serve(connection: Connection, environment: dict[str, str], stack_file: str)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to handle; it closes the pipe
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: collecting after a test need not look at it
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         world = connect("cpu", timeout_s=60)
