@@ -321,8 +321,8 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b that keeps the parameter W for its backward pass, not the memory behind it.
 
     torch's own keeps a view of W: under ZeRO-3 every weight of the model, once gathered, would stay
-    until the backward pass reached it. The parameter is gathered again by then.
-    DeepSpeed's own adds the bias in place, to a product that selective checkpointing has kept.
+    until the backward pass reached it. The parameter is gathered again by then. DeepSpeed's own adds
+    the bias in place, which makes gradients wrong where checkpointing keeps products for later.
     """
 
     @staticmethod

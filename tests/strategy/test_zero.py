@@ -3,11 +3,13 @@
 import gc
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import workers
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from zero_worlds import (
     Tiny,
     adamw,
@@ -25,7 +27,7 @@ from zero_worlds import (
 
 from framework.errors import ConfigError
 from framework.strategy.world import Group, connect
-from framework.strategy.zero import Zero, deepspeed_config
+from framework.strategy.zero import Zero, _Linear, deepspeed_config
 
 torch.set_num_threads(1)
 
@@ -296,6 +298,35 @@ def test_torch_keeps_its_linear_outside_of_micro_batches():
     """Inside, ZeRO-3 has its own: torch's keeps every gathered weight alive until the backward pass."""
     assert workers.run(2, linears, 3) == [(False, True)] * 2
     assert workers.run(2, linears, 2) == [(True, True)] * 2
+
+
+def keeps_products(context, operation, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if "mm" in operation.name() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((5,), False), ((4, 5), False), ((2, 3, 5), False), ((4, 5), True), ((2, 3, 5), True)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_linear_of_micro_batches_has_the_gradients_of_torchs(shape, bias, frozen, kept):
+    """Also where a checkpointed region keeps the results of products, which must not change after."""
+    answers = []
+    for linear in (nn.functional.linear, partial(_Linear.apply, nn.functional.linear)):
+        torch.manual_seed(0)
+        x, weight, offset = torch.randn(shape), torch.randn(3, 5), torch.randn(3)
+        leaves = [x.requires_grad_(), weight.requires_grad_(not frozen), offset.requires_grad_()]
+
+        def twice(x, weight, offset, linear=linear):
+            return linear(linear(x, weight, offset if bias else None).tanh(), weight.t()).tanh()
+
+        contexts = partial(create_selective_checkpoint_contexts, keeps_products)
+        y = checkpoint(twice, *leaves, use_reentrant=False, context_fn=contexts) if kept else twice(*leaves)
+        y.pow(2).sum().backward()
+        answers.append([y.detach()] + [leaf.grad for leaf in leaves])
+    for torchs, ours in zip(*answers, strict=True):
+        assert (torchs is None) == (ours is None)
+        assert torchs is None or torch.allclose(torchs, ours, rtol=1e-6, atol=1e-6)
 
 
 def models_alive(world, stage):
