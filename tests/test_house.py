@@ -153,7 +153,7 @@ def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "torch.load without weights_only=True"
             if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
                 yield node.lineno, called
-            if "trust_remote_code" in keywords:
+            if ast.unparse(keywords.get("trust_remote_code", ast.Constant(False))) != "False":
                 yield node.lineno, "trust_remote_code"
             if called.startswith(("os.system", "os.popen")) or (
                 "shell" in keywords and ast.unparse(keywords["shell"]) == "True"
@@ -174,12 +174,13 @@ def test_nothing_read_from_outside_is_ever_run():
     ("code", "what"),
     [
         ("import pickle", "pickle"),
+        ("AutoModel.from_pretrained(x, trust_remote_code=asked)", "trust_remote_code"),
         ("from pickle import loads", "pickle"),
         ("eval(text)", "eval"),
         ("torch.load(path)", "torch.load without weights_only=True"),
         ("torch.load(path, weights_only=False)", "torch.load without weights_only=True"),
         ("yaml.load(text)", "yaml.load"),
-        ("AutoModel.from_pretrained(x, trust_remote_code=False)", "trust_remote_code"),
+        ("AutoModel.from_pretrained(x, trust_remote_code=True)", "trust_remote_code"),
         ("subprocess.run(line, shell=True)", "a shell"),
     ],
 )
@@ -188,4 +189,7 @@ def test_the_search_for_dangers_finds_them(code, what):
 
 
 def test_the_search_for_dangers_lets_safe_code_be():
-    assert not list(dangers(ast.parse("torch.load(p, weights_only=True); model.eval(); yaml.safe_load(t)")))
+    safe = (
+        "torch.load(p, weights_only=True); model.eval(); yaml.safe_load(t); load(p, trust_remote_code=False)"
+    )
+    assert not list(dangers(ast.parse(safe)))
