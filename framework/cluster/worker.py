@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from framework.cluster import environ
-from framework.errors import DONE, INTERRUPTED, REFUSED, UserError
+from framework.errors import DONE, INTERRUPTED, REFUSED, SapwoodError, UserError
 
 PR_SET_PDEATHSIG = 1  # prctl(2): signal to get when the parent ends
 
@@ -31,8 +31,9 @@ class RefusedElsewhere(UserError):
 def run(work: Callable[[], int]) -> NoReturn:
     """End the process with the status that `work` returns, or with the one its exception calls for.
 
-    UserError ends with status 2 and its message, anything else with 1 and a traceback: given to the
-    launcher where that is our own, which shows the first failure once, else written to stderr.
+    UserError ends with status 2, anything else with 1; errors of ours with their message, others with a
+    traceback. It is given to the launcher where that is our own, which shows the first failure once, else
+    written to stderr.
     Under our own gang an interrupted run is a success: elastic must neither stop nor restart the
     ranks that are still closing their files. The launcher reads the status from `result.json`.
 
@@ -45,8 +46,8 @@ def run(work: Callable[[], int]) -> NoReturn:
     ours = environ.GANG in os.environ
     try:
         status = work()
-    except UserError as error:
-        status = REFUSED
+    except SapwoodError as error:
+        status = REFUSED if isinstance(error, UserError) else FAILED
         if not isinstance(error, RefusedElsewhere):
             _tell(f"error: {error}", ours)
     except Exception as error:

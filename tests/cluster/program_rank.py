@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from framework.cluster import worker
 from framework.cluster.signals import StopRequest
-from framework.errors import INTERRUPTED, ConfigError
+from framework.errors import INTERRUPTED, CheckpointError, ConfigError
 
 HELPER = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
 RANK = int(os.environ["RANK"])
@@ -60,6 +60,10 @@ def second_time() -> int:
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise RuntimeError("wrong the first time")
     return 0
+
+
+def damaged() -> int:
+    raise CheckpointError("a shard is missing")
 
 
 def refuses() -> int:

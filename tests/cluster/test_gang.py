@@ -119,6 +119,12 @@ def test_failures_are_retried_and_refusals_are_not(tmp_path, capfd):
     assert "starting all ranks again" not in capfd.readouterr().err
 
 
+def test_an_error_of_ours_needs_no_traceback(tmp_path):
+    with pytest.raises(gang.WorkerFailed, match=r"^error: a shard is missing\nerror: rank ") as caught:
+        launch("damaged", tmp_path)
+    assert caught.value.status == 1
+
+
 def start(mode, log_dir, grace_s=20):
     return subprocess.Popen(
         [sys.executable, GANG, mode, str(log_dir), str(grace_s)],

@@ -82,13 +82,11 @@ def test_a_run_writes_its_directory_and_nothing_of_hydras(done):
 def test_a_finished_run_says_so_and_another_run_cannot_take_its_place(done):
     (run_dir,) = runs(done)
     again = start("seed=1", "launch.nproc=1", "batch.tokens_per_micro=9000", cwd=done)  # nothing decisive
-    other = start("seed=1", f"run_dir={run_dir}", "optim.lr=0.5", "replay.fraction=0.0", cwd=done)
-    anew = start("seed=1", "resume=never", cwd=done)
     assert finish(again)[::2] == (0, f"{run_dir}: already done; its model and metrics are there\n")
-    status, _, err = finish(other)
+    status, _, err = finish(start("seed=1", f"run_dir={run_dir}", "optim.lr=0.5", cwd=done))
     assert status == 2
     assert re.search(r"holds a run of other settings:\n  optim.lr: \S+ -> 0.5\nexpected", err), err
-    status, _, err = finish(anew)
+    status, _, err = finish(start("seed=1", "resume=never", cwd=done))
     assert status == 2
     assert "resume=never: " in err
     assert (done / "prepared.txt").read_text() == "1\n"
