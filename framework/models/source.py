@@ -127,7 +127,7 @@ def configuration(source: Source) -> PretrainedConfig:
 def _stripped(value: Any) -> Any:
     """A JSON tree without keys that choose code."""
     if isinstance(value, dict):
-        return {key: _stripped(inner) for key, inner in value.items() if not CODE.fullmatch(key)}
+        return {key: _stripped(inner) for key, inner in value.items() if not CODE.fullmatch(str(key))}
     return [_stripped(inner) for inner in value] if isinstance(value, list) else value
 
 
