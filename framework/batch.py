@@ -11,7 +11,7 @@ positions only, so losses see no difference between the two.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class Batch:
         return int(self.boundaries[-1])
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`; `boundaries` and `sources` stay on the CPU too cheap to move."""
-        moved = {
+        """The same batch on `device`; `sources`, which only metrics read, stays where it is."""
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name != "sources"

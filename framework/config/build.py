@@ -29,6 +29,7 @@ from framework.errors import DONE, INTERRUPTED, ConfigError
 from framework.losses.items import Items
 from framework.models import load
 from framework.models.export import export
+from framework.stages.base import Term
 from framework.stages.sft import Supervised, TokenObjective
 from framework.strategy.base import Build, Engine, Strategy, Weights, World
 from framework.strategy.world import connect
@@ -44,12 +45,18 @@ from framework.train.trainer import Plan, Result, train
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run that nothing refuses any more: tokenised data, a bound loss, a model that was looked at."""
+class Inspected:
+    """A run whose loss is bound and whose model was looked at."""
 
     run: Run
     loss: Callable[..., Items]
     description: load.Description
+
+
+@dataclass(frozen=True)
+class Prepared(Inspected):
+    """A run that nothing refuses any more: its data is tokenised, too."""
+
     tables: Sequence[Table]  # data.train first, then replay
     held_out: Sequence[Table]
     mixture: Mixture
@@ -72,36 +79,25 @@ class Prepared:
         }
 
 
-def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared:
-    """Bind the loss, look at the model, tokenise the data; loads no weight and uses no accelerator.
-
-    Every process of a host may call it: the first builds the cache, the others wait and map it. Raises
-    UserError.
-    """
-    loss = targets.loss(run)
+def inspect(run: Run) -> Inspected:
+    """Bind the loss and look at the model. Raises UserError."""
     description = load.inspect(
         run.model.path,
         revision=run.model.revision,
         gguf_file=run.model.gguf_file,
         init=run.model.init,
     )
-    tokenise = partial(
-        tokenised.prepare,
-        tokenizer=description.tokenizer,
-        chat_template=run.model.chat_template,
-        max_length=run.data.max_length,
-        truncation=run.data.truncation,
-        train_on=run.data.train_on,
-        on_bad_row=run.data.on_bad_row,
-        cache_dir=run.data.cache_dir,
-        workers=run.data.workers,
-        vocab_size=description.vocab_size,
-        progress=progress,
-    )
+    return Inspected(run, targets.loss(run), description)
 
-    def read(sources: Sequence[Any]) -> list[Table]:
-        return tokenise([Source(**source.model_dump()) for source in sources])
 
+def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared:
+    """Bind the loss, look at the model, tokenise the data; loads no weight and uses no accelerator.
+
+    Every process of a host may call it: the first builds the cache, the others wait and map it. Raises
+    UserError.
+    """
+    inspected = inspect(run)
+    read = partial(_tokenised, inspected, progress=progress)
     train_tables, replay_tables = read(run.data.train), read(run.replay.sources)
     mixture = Mixture(
         _group(train_tables),
@@ -116,8 +112,8 @@ def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared
         steps = mixture.steps_for(run.epochs, run.batch.sequences)
     return Prepared(
         run=run,
-        loss=loss,
-        description=description,
+        loss=inspected.loss,
+        description=inspected.description,
         tables=_distinct([*train_tables, *replay_tables]),
         held_out=read(run.data.eval),
         mixture=mixture,
@@ -163,20 +159,30 @@ def work(run: Run) -> int:
 
 
 def measure(run: Run, checkpoint: Path) -> tuple[int, dict[str, float]]:
-    """Held-out metrics of a checkpoint of `run`: (step, metrics). Collective. Raises UserError."""
-    prepared = prepare(run)
-    if not prepared.held_out:
+    """Held-out metrics of a checkpoint of `run`: (step, metrics). Needs no training data. Collective.
+
+    `checkpoint` is a step's directory, or a run's, whose newest it is. Raises UserError, CheckpointError.
+    """
+    inspected = inspect(run)
+    tables = _tokenised(inspected, run.data.eval)
+    if not tables:
         raise ConfigError(
             "nothing to measure on: data.eval is empty; type 'data.eval=[{path: held_out.jsonl}]'"
         )
     with ExitStack() as closing:
         world = connect(run.launch.device, timeout_s=run.launch.timeout_s)
         closing.callback(world.close)
-        found = checkpointer(prepared, world).open(checkpoint)
-        engine = build_engine(prepared, world)
+        identity = {
+            "model": inspected.description.fingerprint,
+            "adapter": run.adapter.model_dump(mode="json"),
+        }
+        found = Checkpointer(Path(run.run_dir), world=world, keep=1, identity=identity).open(checkpoint)
+        engine = build_engine(inspected, world)
         found.expect(engine.trained)
         engine.load_state_dict(found.updates, found.read)
-        return found.step, evaluate(engine, build_stage(prepared, world).held_out())
+        sets = _held_out(inspected, tables, world)
+        objective = TokenObjective(inspected.loss)
+        return found.step, evaluate(engine, {name: Term(objective, micros) for name, micros in sets.items()})
 
 
 def checkpointer(prepared: Prepared, world: World) -> Checkpointer:
@@ -191,47 +197,43 @@ def checkpointer(prepared: Prepared, world: World) -> Checkpointer:
 
 def build_stage(prepared: Prepared, world: World) -> Supervised:
     """Supervised fine-tuning on this rank's share of the data."""
-    run = prepared.run
-    shape = {
-        "tokens_per_micro": run.batch.tokens_per_micro,
-        "packing": run.data.packing,
-        "rank": world.rank,
-        "world_size": world.size,
-        "pad_id": prepared.description.pad_id,
-    }
-    loader = Loader(prepared.tables, prepared.mixture, sequences=run.batch.sequences, **shape)
-    sets: Mapping[str, Sequence[Batch]] = {
-        table.name: held_out(table, max_examples=run.evaluate.max_examples, **shape)
-        for table in prepared.held_out
-    }
+    loader = Loader(
+        prepared.tables,
+        prepared.mixture,
+        sequences=prepared.run.batch.sequences,
+        **_cut(prepared, world),
+    )
     objective = TokenObjective(prepared.loss, [table.name for table in prepared.tables])
+    sets = _held_out(prepared, prepared.held_out, world)
     return Supervised(loader, objective, sets, TokenObjective(prepared.loss))
 
 
-def build_engine(prepared: Prepared, world: World) -> Engine:
+def build_engine(inspected: Inspected, world: World) -> Engine:
     """The model, spread over the ranks and filled."""
-    run = prepared.run
+    run = inspected.run
     optimizer = partial(adamw, betas=run.optim.betas, eps=run.optim.eps, weight_decay=run.optim.weight_decay)
-    structure, weights = build_structure(prepared, world.device), build_weights(prepared)
+    structure, weights = build_structure(inspected, world.device), build_weights(inspected)
     return build_strategy(run, world).train(structure, weights, optimizer)
 
 
-def build_structure(prepared: Prepared, device: torch.device) -> Build:
+def build_structure(inspected: Inspected, device: torch.device) -> Build:
     """Makes the model without its weights; `device` decides how attention is computed."""
-    run = prepared.run
-    attention = load.attention_for(prepared.description, run.model.attention, device, precision=run.precision)
+    run = inspected.run
+    attention = load.attention_for(
+        inspected.description, run.model.attention, device, precision=run.precision
+    )
     return load.builder(
-        prepared.description,
+        inspected.description,
         adapter=_adapter(run),
         attention=attention,
         head_chunk_tokens=run.model.head_chunk_tokens,
     )
 
 
-def build_weights(prepared: Prepared) -> Weights:
+def build_weights(inspected: Inspected) -> Weights:
     """Reads or makes the weights, on rank 0."""
-    run = prepared.run
-    return load.reader(prepared.description, adapter=_adapter(run), seed=run.seed)
+    run = inspected.run
+    return load.reader(inspected.description, adapter=_adapter(run), seed=run.seed)
 
 
 def build_strategy(run: Run, world: World) -> Strategy:
@@ -271,13 +273,13 @@ def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tr
     return Fanout(trackers)
 
 
-def write_model(prepared: Prepared, engine: Engine, where: Path) -> None:
+def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
     """The trained model as a directory that transformers or peft loads. Collective."""
     export(
         where,
-        description=prepared.description,
+        description=inspected.description,
         weights=engine.weights(),
-        adapter=_adapter(prepared.run),
+        adapter=_adapter(inspected.run),
         rank=engine.world.rank,
     )
 
@@ -341,6 +343,44 @@ def summary(prepared: Prepared, result: Result) -> dict[str, Any]:
         "objective": result.metrics.get(metric) if metric else None,
         "paths": {name: str(path) for name, path in paths.items() if path.exists()},
     }
+
+
+def _tokenised(
+    inspected: Inspected, sources: Sequence[Any], *, progress: tokenised.Progress | None = None
+) -> list[Table]:
+    """Tables of some of the run's sources, from the cache or made now."""
+    run, description = inspected.run, inspected.description
+    return tokenised.prepare(
+        [Source(**source.model_dump()) for source in sources],
+        tokenizer=description.tokenizer,
+        chat_template=run.model.chat_template,
+        max_length=run.data.max_length,
+        truncation=run.data.truncation,
+        train_on=run.data.train_on,
+        on_bad_row=run.data.on_bad_row,
+        cache_dir=run.data.cache_dir,
+        workers=run.data.workers,
+        vocab_size=description.vocab_size,
+        progress=progress,
+    )
+
+
+def _cut(inspected: Inspected, world: World) -> dict[str, Any]:
+    """How examples become this rank's micro-batches."""
+    run = inspected.run
+    return {
+        "tokens_per_micro": run.batch.tokens_per_micro,
+        "packing": run.data.packing,
+        "rank": world.rank,
+        "world_size": world.size,
+        "pad_id": inspected.description.pad_id,
+    }
+
+
+def _held_out(inspected: Inspected, tables: Sequence[Table], world: World) -> dict[str, list[Batch]]:
+    """This rank's micro-batches of every held-out set."""
+    most, cut = inspected.run.evaluate.max_examples, _cut(inspected, world)
+    return {table.name: held_out(table, max_examples=most, **cut) for table in tables}
 
 
 def _adapter(run: Run) -> Mapping[str, Any] | None:

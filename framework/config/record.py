@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -74,8 +76,8 @@ def saved(run: Run) -> str:
     return head + yaml.safe_dump(shown(run), sort_keys=False, allow_unicode=True, width=110)
 
 
-def load(path: Path, *, trusted: Iterable[str] = ()) -> Run:
-    """The run of a `config.yaml` that `saved` wrote.
+def load(path: Path, *, trusted: Iterable[str] = (), overrides: Sequence[str] = ()) -> Run:
+    """The run of a `config.yaml` that `saved` wrote, with `overrides` (KEY=VALUE) on top.
 
     The file is data: packages it says to trust are not, only `trusted` ones are, and of the environment it
     reads nothing that is named like a secret. Raises ConfigError.
@@ -93,10 +95,25 @@ def load(path: Path, *, trusted: Iterable[str] = ()) -> Run:
         return _ENVIRONMENT.sub(_variable, value) if isinstance(value, str) else value
 
     tree = {**_walk(tree, read), "trusted_packages": list(trusted)}
+    for text in overrides:
+        tree = _changed(tree, text)
     try:
         return Run.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n" + explain.validation(error, tree, (), [])) from error
+        raise ConfigError(f"{path}:\n" + explain.validation(error, tree, list(overrides), [])) from error
+
+
+def _changed(tree: dict[str, Any], text: str) -> dict[str, Any]:
+    """`tree` with one KEY=VALUE put in, VALUE in the grammar of the command line."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except OverrideParseException as error:
+        raise ConfigError(f"{text}: not readable; expected KEY=VALUE") from error
+    config = OmegaConf.create(tree)
+    OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+    changed = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(changed, dict)
+    return {str(key): value for key, value in changed.items()}
 
 
 def _variable(found: re.Match[str]) -> str:

@@ -20,8 +20,11 @@ from framework.stages.base import Term
 class Micros(Protocol):
     """What a loader hands over for one optimizer step."""
 
-    micros: Sequence[Batch]
-    stats: Mapping[str, float]
+    @property
+    def micros(self) -> Sequence[Batch]: ...
+
+    @property
+    def stats(self) -> Mapping[str, float]: ...
 
 
 class Loader(Protocol):

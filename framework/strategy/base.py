@@ -130,7 +130,8 @@ class Engine(Protocol):
 class Strategy(Protocol):
     """A way of spreading a model over the ranks of a world."""
 
-    world: World
+    @property
+    def world(self) -> World: ...
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         """Build, spread, fill with `weights` (each rank gets its share only) and make trainable."""

@@ -32,7 +32,8 @@ class Checkpointer:
     """The checkpoints of one run, in one directory that all hosts share.
 
     `keep` newest ones stay; `identity` holds fingerprints of what must not change under a run
-    (data, tokenizer, model, adapter); `say` gets plain-language notices, on rank 0 only.
+    (data, tokenizer, model, adapter): a checkpoint must agree on what is named here. `say` gets
+    plain-language notices, on rank 0 only.
     Only one run may save to a directory at a time: a save first removes the debris of dead ones.
     """
 
@@ -191,7 +192,8 @@ class Checkpointer:
         mine = [problem for name in names if (problem := commit.damage(path, manifest, name))]
         if problems := [problem for rank in self.world.gather(mine) for problem in rank]:
             raise DamagedError("; ".join(problems))
-        if differences := list(_differences(manifest.identity, self.identity)):
+        saved = {name: manifest.identity.get(name) for name in self.identity}
+        if differences := list(_differences(saved, self.identity)):
             raise CheckpointError(
                 f"{path} belongs to another run: {'; '.join(differences[:5])}. Restore what it was made "
                 "with, or begin anew with another run_dir (or resume=never)"

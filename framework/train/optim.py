@@ -30,13 +30,13 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, decoupled decay) over (name, parameter) pairs.
 
-    A parameter that is stored flat or partitioned tells its true shape in `ds_shape` (DeepSpeed).
-    Empty groups are left out, since some engines cannot hold them.
+    Every parameter shows its whole shape, however its strategy stores it. Empty groups are left out,
+    since some engines cannot hold them.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if decays(name, len(shape)) else plain).append(parameter)
+        (decayed if decays(name, parameter.dim()) else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},

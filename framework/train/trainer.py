@@ -26,17 +26,23 @@ from framework.train.meter import Meter
 
 
 class Stop(Protocol):
-    """Somebody asked this process to end."""
+    """Somebody may ask this process to end."""
 
-    requested: bool
+    @property
+    def requested(self) -> bool: ...
 
 
 class Saved(Protocol):
     """A checkpoint that was verified and can be read."""
 
-    step: int
-    updates: int
-    state: Mapping[str, Any]
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def updates(self) -> int: ...
+
+    @property
+    def state(self) -> Mapping[str, Any]: ...
 
     def read(self, name: str, which: str, start: int, stop: int) -> torch.Tensor: ...
 

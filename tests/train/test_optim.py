@@ -24,10 +24,3 @@ def test_decay_moves_a_matrix_and_spares_a_norm():
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))
     torch.testing.assert_close(norm.detach(), torch.ones(2))
 
-
-def test_a_partitioned_parameter_is_judged_by_its_whole_shape():
-    """DeepSpeed's partitioned parameters are empty and tell their shape in `ds_shape`."""
-    partitioned = nn.Parameter(torch.empty(0))
-    partitioned.ds_shape = torch.Size([4, 4])
-    optimizer = adamw([("up.weight", partitioned)], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
