@@ -125,13 +125,27 @@ def test_an_error_of_ours_needs_no_traceback(tmp_path):
     assert caught.value.status == 1
 
 
+started = []  # launchers, ended with the test that started them
+
+
+@pytest.fixture(autouse=True)
+def _end_launchers():
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.wait()
+
+
 def start(mode, log_dir, grace_s=20):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, GANG, mode, str(log_dir), str(grace_s)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

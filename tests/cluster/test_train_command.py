@@ -22,9 +22,21 @@ SETTINGS = ["model.path=somewhere", "data.train=[{path: mine.jsonl}]", "launch.n
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+started = []  # launchers, ended with the test that started them
+
+
+@pytest.fixture(autouse=True)
+def _end_launchers():
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.wait()
+
+
 def start(*arguments, cwd, program=PROGRAM, before=(sys.executable,), **variables):
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*before, str(program), *SETTINGS, *arguments],
         cwd=cwd,
         env=environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables,
@@ -32,6 +44,8 @@ def start(*arguments, cwd, program=PROGRAM, before=(sys.executable,), **variable
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
 
 
 def finish(process, timeout_s=60):
