@@ -195,11 +195,8 @@ def _part(world: World, parameter: nn.Parameter) -> Part:
 
 
 def _materialize(module: nn.Module, device: torch.device) -> None:
-    """Memory for this rank's rows. Tied parameters stay one parameter."""
-    ties = list(common.places(module).values())
+    """Memory for this rank's rows; buffers, which are real already, stay."""
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-    for (owner, key), *others in ties:
-        common.hang(cast(nn.Parameter, owner._parameters[key]), others)
 
 
 def _fill(world: World, parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:

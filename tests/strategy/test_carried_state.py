@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import toy
 import workers
 
@@ -71,23 +72,14 @@ def resumes(world, name, options):
     kept = toy.portable(saved)
     fresh = toy.start(world, name, dropout=0.2, **options)
     toy.advance(fresh, [5], count=2)  # whatever it did before must not show
-    with fresh.inference():  # nor what an evaluation left gathered
+    with torch.no_grad():  # nor what a forward pass left gathered
         fresh(toy.micros(0, world.rank, world.size, 1)[0])
-    states = world.gather(
-        [(n, s.start, s.values[w].tolist(), w) for n, p in saved.shards.items() for s in p for w in s.values]
-    )
-    joined = {
-        n: {w: np.zeros(int(np.prod(shape)), np.float32) for w in (toy.MASTER, toy.FIRST, toy.SECOND)}
-        for n, shape in calm.trained.items()
-    }
-    for name_here, begin, values, which in (shard for rank in states for shard in rank):
-        joined[name_here][which][begin : begin + len(values)] = values
-    fresh.load_state_dict(saved.updates, toy.reader(joined))
+    updates, joined = toy.exchanged(world, saved)
+    fresh.load_state_dict(updates, toy.reader(joined))
     histories = [toy.advance(engine, [2, 3], count=2) for engine in (calm, fresh)]
-    snapshots = [toy.portable(engine.state_dict()) for engine in (calm, fresh)]
-    untouched = kept[1]["norm.bias"][0][2][toy.FIRST].tolist() if kept[1]["norm.bias"] else None
-    later = saved.shards["norm.bias"][0].values[toy.FIRST].tolist() if kept[1]["norm.bias"] else None
-    return histories, str(snapshots[0]) == str(snapshots[1]), untouched == later
+    assert toy.same(*(toy.portable(engine.state_dict()) for engine in (calm, fresh)))
+    assert toy.same(kept, toy.portable(saved))  # two updates later: a snapshot
+    return histories
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -95,7 +87,29 @@ def resumes(world, name, options):
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_resume_is_bitwise_with_dropout_and_state_is_a_snapshot(name, checkpointing, precision):
     options = {"precision": precision, "checkpointing": checkpointing}
-    for (calm, fresh), alike, untouched in workers.run(2, resumes, name, options):
+    for calm, fresh in workers.run(2, resumes, name, options):
         assert calm == fresh
-        assert alike
-        assert untouched
+
+
+def forgets(world, name, options):
+    """A forward pass between the last backward pass and the update must not keep weights of before."""
+    engine = toy.start(world, name, precision="fp32", **options)
+    batch = toy.micros(0, world.rank, world.size, 1)[0]
+    with engine.micro(last=True):
+        engine.backward(toy.total(engine(batch), batch))
+    with torch.no_grad():
+        before = engine(batch).losses.clone()
+    engine.step(lr=0.1, max_grad_norm=None)
+    with engine.inference():
+        after = engine(batch).losses.clone()
+    reference = toy.Toy()
+    reference.load_state_dict({n: w.clone() for n, w in engine.weights()}, strict=False)
+    with torch.no_grad():
+        return bool((before != after).any()), torch.allclose(after, reference(batch).losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddp", {}), ("fsdp", {}), ("fsdp", {"reshard_after_forward": False})]
+)
+def test_a_forward_pass_before_the_update_leaves_no_old_weights(name, options):
+    assert workers.run(2, forgets, name, options) == [(True, True)] * 2

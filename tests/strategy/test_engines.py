@@ -111,20 +111,11 @@ def skips(world, name, options, precision):
         before = toy.portable(engine.state_dict())
         if poison is not None:
             history += toy.advance(engine, [1], count=2, poison=poison)
-            assert same(before, toy.portable(engine.state_dict()))
+            assert toy.same(before, toy.portable(engine.state_dict()))
         history += toy.advance(engine, [2], count=2)
         states.append(toy.portable(engine.state_dict()))
-    assert same(*states)
+    assert toy.same(*states)
     return history
-
-
-def same(one, other):
-    return one[0] == other[0] and all(
-        (left[2][which] == right[2][which]).all()
-        for name in one[1]
-        for left, right in zip(one[1][name], other[1][name], strict=True)
-        for which in (toy.MASTER, toy.FIRST, toy.SECOND)
-    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -199,15 +199,42 @@ def plain(steps, *, frozen=False, lr=0.01, max_grad_norm=1.0):
 
 
 def portable(state):
-    """An EngineState as plain arrays, to be sent between processes."""
+    """An EngineState as plain arrays of their own, to be sent between processes and kept."""
     return state.updates, {
-        name: [(s.shape, s.start, {which: v.numpy() for which, v in s.values.items()}) for s in shards]
+        name: [(s.shape, s.start, {which: v.numpy().copy() for which, v in s.values.items()}) for s in shards]
         for name, shards in state.shards.items()
     }
 
 
+def same(one, other):
+    """Are two portable states of one rank equal to the bit?"""
+    return one[0] == other[0] and all(
+        np.array_equal(left[2][which], right[2][which])
+        for name in one[1]
+        for left, right in zip(one[1][name], other[1][name], strict=True)
+        for which in (MASTER, FIRST, SECOND)
+    )
+
+
+def exchanged(world, state):
+    """`whole` of all ranks' states, inside a worker: what a checkpoint on a shared disk would hold."""
+    updates, shards = portable(state)
+    lists = {n: [(s, b, {w: v.tolist() for w, v in p.items()}) for s, b, p in ss] for n, ss in shards.items()}
+    return whole(
+        (
+            updates,
+            {
+                n: [(s, b, {w: np.float32(v) for w, v in p.items()}) for s, b, p in ss]
+                for n, ss in one.items()
+            },
+        )
+        for one in world.gather(lists)
+    )
+
+
 def whole(states):
     """All ranks' portable states -> (updates, {name: {which: [n]}}); each element owned exactly once."""
+    states = list(states)
     updates = {updates for updates, _ in states}
     assert len(updates) == 1
     joined = {}
