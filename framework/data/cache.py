@@ -106,7 +106,7 @@ def get_or_build(
                 log.warning("cached data is damaged and is made again: %s", error)
                 shutil.rmtree(directory)
         shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
-        building.mkdir()
+        building.mkdir(mode=0o700)  # it holds what the user's data says
         try:
             build(building)
             os.rename(building, directory)

@@ -126,6 +126,11 @@ class Encoder:
                 f"{len(turns)} assistant turns; expected one {{% generation %}} block a turn: set "
                 f"model.chat_template to {CHOICES}"
             )
+        if not text[: spans[0][0]].strip():
+            raise ModelError(
+                "the chat template marks the conversation as generated from its first word on; expected "
+                f"{{% generation %}} around the assistant's turns only: set model.chat_template to {CHOICES}"
+            )
         by_turn = dict(zip(turns, spans, strict=True))
         return text, [by_turn[i] for i in wanted]
 

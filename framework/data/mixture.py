@@ -5,8 +5,8 @@ Letters: i index in the stream, j and k indices within a group, n rows of a sour
 
 Within a group, without weights, an epoch is every row of the group exactly once, in an order keyed by
 (seed, group, epoch). With weights, sources take turns by their virtual time (weighted fair queueing): the
-k-th row of a source of share w is due at (k + 1/2) / w, so after j picks it has given j * w to within one or
-two; each source has epochs of its own.
+k-th row of a source of share w is due at (k + 1/2) / w, so after j picks of S sources it has given j * w to
+within (1 + w * S) / 2 picks; each source has epochs of its own.
 
 Between the groups the share is counted in trained tokens and settled before anything is packed or spread
 over ranks: the next example is a replayed one when replay has given less than f of the tokens so far.

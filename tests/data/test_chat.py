@@ -229,6 +229,13 @@ def test_missing_and_unusable_templates_are_refused_with_the_key_to_set(tokenize
     for of, template, message in cases:
         with pytest.raises(ModelError, match=message):
             encode(of, row, template=template)
+    everything = GENERATION.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(ModelError, match="from its first word on"):
+        encode(
+            tokenizer,
+            talk("Hi", "Hello"),
+            template="{% generation %}" + everything + "{% endgeneration %}",
+        )
     refusal = "{{ raise_exception('roles must alternate') }}"
     answer = encode(tokenizer, row, template=refusal)
     assert isinstance(answer, RowError)

@@ -1,8 +1,12 @@
 """What people see: trained tokens marked, counts complete, every example in the first step's plan."""
 
+import importlib.util
 import io
+from pathlib import Path
 
+import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
 from framework.data import preview, tables
 from framework.data.mixture import Group, Mixture
@@ -61,3 +65,37 @@ def test_the_first_step_is_shown_whole(tokenizer, tmp_path, write):
     assert "rank 1 micro 0" in shown
     efficiency = table.lengths.sum() / (80 * shown.count("micro"))
     assert f"packing efficiency {efficiency:.1%}" in shown
+
+
+def test_the_command_prints_what_a_run_would_read_and_refuses_with_status_2(
+    tokenizer, tmp_path, write, capsys
+):
+    """The whole command on a model directory without weights: nothing of it loads any."""
+    path = Path(__file__).resolve().parents[2] / "launch" / "preview.py"
+    spec = importlib.util.spec_from_file_location("launch_preview", path)
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=len(tokenizer), **shape).save_pretrained(tmp_path / "model")
+    data = write("mine.jsonl", [talk("Hi", "Hello"), talk("And?", "Well"), talk("", "x")])
+    settings = [
+        f"model.path={tmp_path / 'model'}",
+        "model.init=random",
+        f"data.train=[{{path: {data}}}]",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "batch.sequences=4",
+        "steps=3",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        command.main([*settings, "data.on_bad_row=drop", "--examples", "1"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert shown.count("⟦") == 1
+    assert "First step: 4 sequences" in shown
+    assert "empty: 1" in shown
+    assert "3 steps of 4 sequences: 6.00 epochs of data.train" in shown
+    with pytest.raises(SystemExit) as ended:
+        command.main(settings)
+    assert ended.value.code == 2
+    assert f"error: {data}:3: message 1 (user) is empty" in capsys.readouterr().err

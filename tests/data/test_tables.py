@@ -110,7 +110,8 @@ def test_names_are_given_or_from_the_path_and_unique(tokenizer, tmp_path, write)
 def test_workers_do_not_change_the_result(tokenizer, tmp_path, write, monkeypatch):
     """More rows than are tokenised before helpers start."""
     monkeypatch.setattr(tables, "INLINE_CHUNKS", 2)
-    n = tables.CHUNK * (tables.INLINE_CHUNKS + 2) + 7
+    monkeypatch.setattr(tables, "CHUNK", 8)
+    n = tables.CHUNK * 20 + 7
     path = write("mine.jsonl", [*rows(n), talk("", "bad")])
     [one] = prepare(tokenizer, tmp_path, path, on_bad_row="drop")
     [two] = prepare(tokenizer, tmp_path, path, on_bad_row="drop", workers=2, cache_dir=tmp_path / "other")
