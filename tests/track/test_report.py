@@ -75,7 +75,7 @@ def run_dir(tmp_path):
     rows = [
         {
             "prompt": "Reverse: <script>alert(1)</script>",
-            "before": "a & b",
+            "before": "a <i>&</i> b",
             "after": "b a",
             "reference": "b a",
         }
@@ -100,7 +100,7 @@ def test_the_numbers_are_on_the_page(run_dir):
         "task loss 8 → 0.2 held out, step 1 to 40", "general loss 2.01 → 2.4", "task accuracy 0.0156 → 0.625",
         "steps 40 1 min 20 s of training", "tokens 40k 8000 trained", "tokens per second 52", "3 GiB",
         "task 30,000 6,000 75.0%", "replay 10,000 2,000 25.0%", "first <run> interrupted",
-        "before a & b after b a reference b a", "step 20 resumed from step 20",
+        "before a <i>&</i> b after b a reference b a", "step 20 resumed from step 20",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert "units" not in page.text

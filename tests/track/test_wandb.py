@@ -182,11 +182,12 @@ def test_a_server_that_is_not_there_costs_no_time_and_no_record(tmp_path, where)
             """,
             url=url,
             mode="online",
+            timeout_s=4,
         )
         took = time.perf_counter() - began
     assert "W&B does not answer, so this run is recorded offline" in said
-    assert float(said.split("start took ")[1].split()[0]) < 0.5
-    assert float(said.split("close took ")[1].split()[0]) < 6
+    assert float(said.split("start took ")[1].split()[0]) < 1
+    assert float(said.split("close took ")[1].split()[0]) < 4.5
     assert took < 12
     assert [row["step"] for row in history(inspect(tmp_path / "run"))] == [1, 2, 3]
 

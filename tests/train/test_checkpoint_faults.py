@@ -1,5 +1,6 @@
 """Damage, death and full disks: a checkpoint is whole or it is not there, and the last good one stays."""
 
+import fcntl
 import json
 import os
 import random
@@ -240,7 +241,7 @@ CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"
 @contextmanager
 def counted(monkeypatch, act):
     """Calls `act(number, name)` before each system call that a save makes, from any thread."""
-    lock, number = threading.Lock(), [0]
+    lock, number = threading.RLock(), [0]
 
     def hook(name, call):
         def hooked(*args, **kwargs):
@@ -455,3 +456,77 @@ def test_no_byte_reaches_the_disk_after_its_file_was_synced(tmp_path, monkeypatc
         ("fsync", "c"),
         ("fsync", tmp_path.name),
     ]
+
+
+# -- power cuts -------------------------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """Nothing that the kernel has not put on the disk is left."""
+
+
+def cut_power(place):
+    """Stop an ext4 file system as a power cut would: what is not on the disk, journal included, is lost."""
+    descriptor = os.open(place, os.O_RDONLY)
+    fcntl.ioctl(descriptor, 0x8004587D, (2).to_bytes(4, "little"))  # EXT4_IOC_SHUTDOWN, without flushing
+    os.close(descriptor)
+
+
+@pytest.mark.slow
+def test_after_a_power_cut_what_was_saved_is_there(tmp_path_factory, monkeypatch, request):
+    """A real file system loses power at every sixth system call of a save, and right after it returned.
+
+    Until the commit the newest is 10, and a save that returned is there for ever.
+    """
+    base = tmp_path_factory.mktemp("power")
+    image, place = base / "disk", base / "mounted"
+    place.mkdir()
+    monkeypatch.setenv("PATH", "/usr/sbin:/sbin", prepend=os.pathsep)
+
+    def mount():
+        return subprocess.run(["mount", "-o", "loop", image, place], capture_output=True)
+
+    def unmount():
+        subprocess.run(["umount", place], check=True)
+
+    def make():
+        with open(image, "wb") as file:
+            file.truncate(16 << 20)
+        return subprocess.run(["mkfs.ext4", "-q", "-F", image], capture_output=True)
+
+    if shutil.which("mkfs.ext4") is None or make().returncode or mount().returncode:
+        pytest.skip("cannot mount an ext4 image here")
+    unmount()
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", place], capture_output=True))
+    seen = []
+    for point in range(3, 100, 6):
+        make(), mount()
+        save(place / "c", 10)
+        os.sync()
+        gone = []
+
+        def act(number, name, point=point, gone=gone):
+            if number >= point and name not in ("open", "close") and not gone:
+                gone.append(number)
+                cut_power(place)
+                raise PowerCut
+
+        checkpoints = saver(alone(), place / "c")
+        checkpoints.newest()
+        try:
+            with counted(monkeypatch, act):
+                checkpoints.save(20, engine_state(0, 1, 20), {})
+            cut_power(place)
+        except PowerCut:
+            pass
+        del checkpoints
+        unmount(), mount()
+        seen.append(last_good(place / "c"))
+        unmount()
+        if not gone:
+            break
+    assert not gone, "the last round lost power after the save had returned"
+    assert seen[0] == (10, [])
+    assert seen[-1] == (20, [])
+    assert [step for step, _ in seen] == sorted(step for step, _ in seen)
+    assert all(said == [] for _, said in seen)
