@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The whole command. Ends the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="a run's directory")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to the run's configuration"
+    )
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest one")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     given = parser.parse_intermixed_args(
@@ -41,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         where = given.run_dir
         if given.checkpoint is not None:
             where = given.run_dir / "checkpoints" / f"step-{given.checkpoint:06d}"
-        from framework.config import build  # imports torch: a refusal must not wait for it
+        from framework.config.work import measure  # imports torch: a refusal must not wait for it
 
-        step, metrics = build.measure(run, where)
+        step, metrics = measure(run, where)
     except (UserError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(REFUSED)

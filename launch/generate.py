@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,29 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def opened(model: str, gguf_file: str | None, device: str) -> tuple[Any, Any]:
-    """The transformers (or peft) model on its device, and its tokenizer. Raises UserError."""
-    import torch
-
-    from framework.models import adapters, load
+    """The model on its device, and its tokenizer; of a run, the one it has written. Raises UserError."""
+    from framework.models import answering  # imports torch: a refusal must not wait for it
 
     path = Path(model).expanduser()
     if (path / "config.yaml").is_file():
         if not (path / "model").is_dir():
             raise ModelError(f"{path} has not written a model yet; type python launch/export.py {path}")
-        path = path / "model"
-        model = str(path)
-    base = path / "adapter_config.json"
-    asked = json.loads(base.read_text())["base_model_name_or_path"] if base.is_file() else model
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = torch.bfloat16 if where.type == "cuda" else None
-    description = load.inspect(asked, gguf_file=gguf_file)
-    with load.quiet():
-        lm = load.load(description, dtype=dtype)
-        lm.generation_config = load.generation_config(description)
-        lm.set_attn_implementation("eager" if not lm._supports_sdpa else "sdpa")
-        if base.is_file():
-            lm = adapters.reload(lm, path)
-    return lm.to(where).eval(), description.tokenizer
+        model = str(path / "model")
+    return answering.load(model, gguf_file=gguf_file, device=device)
 
 
 def talk(lm: Any, tokenizer: Any, given: argparse.Namespace) -> None:

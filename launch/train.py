@@ -281,9 +281,9 @@ def _prepare(run: Run) -> None:
 
 
 def _work(run: Run) -> int:
-    from framework.config import build
+    from framework.config.work import work
 
-    return build.work(run)
+    return work(run)
 
 
 if __name__ == "__main__":

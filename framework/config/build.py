@@ -1,13 +1,12 @@
-"""The composition root: from a validated run to objects, and from objects to a finished run directory.
+"""The composition root: from a validated run to the objects that carry it out.
 
 The only place that knows all rooms. `prepare` does everything that can refuse a run before a weight is
-loaded; `work` is what every rank does.
+loaded; `config.work` is what every rank does with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,32 +15,21 @@ from typing import Any
 import torch
 
 from framework.batch import Batch
-from framework.cluster import directory
-from framework.cluster.signals import StopRequest
-from framework.config import record, targets
+from framework.config import targets
 from framework.config.schema import Run, Wsd
 from framework.data import tables as tokenised
 from framework.data.loader import Loader, held_out
 from framework.data.mixture import Group, Mixture
 from framework.data.sources import Source
 from framework.data.tables import Table
-from framework.errors import DONE, INTERRUPTED, ConfigError
 from framework.losses.items import Items
 from framework.models import load
-from framework.models.export import export
-from framework.stages.base import Term
 from framework.stages.sft import Supervised, TokenObjective
 from framework.strategy.base import Build, Engine, Strategy, Weights, World
-from framework.strategy.world import connect
-from framework.track.base import Tracker
-from framework.track.console import Console
-from framework.track.fanout import Fanout
-from framework.track.jsonl import Jsonl
-from framework.train.checkpoint import Checkpoint, Checkpointer
-from framework.train.evaluate import evaluate
+from framework.train.checkpoint import Checkpointer
 from framework.train.optim import adamw
 from framework.train.schedule import Schedule, schedule
-from framework.train.trainer import Plan, Result, train
+from framework.train.trainer import Plan
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared
     UserError.
     """
     inspected = inspect(run)
-    read = partial(_tokenised, inspected, progress=progress)
+    read = partial(read_tables, inspected, progress=progress)
     train_tables, replay_tables = read(run.data.train), read(run.replay.sources)
     mixture = Mixture(
         _group(train_tables),
@@ -121,70 +109,6 @@ def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared
     )
 
 
-def work(run: Run) -> int:
-    """What every rank does: join the others, train, write what is left. Returns the exit status."""
-    with StopRequest() as stop, ExitStack() as closing:
-        prepared = prepare(run)
-        world = connect(run.launch.device, timeout_s=run.launch.timeout_s)
-        closing.callback(world.close)
-        checkpoints = checkpointer(prepared, world)
-        resume = _resume(run, checkpoints)
-        where = Path(run.run_dir)
-        tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
-        status = "failed"
-        try:
-            engine = build_engine(prepared, world)
-            if resume is not None:
-                resume.expect(engine.trained)
-            result = train(
-                build_stage(prepared, world),
-                engine,
-                plan(prepared),
-                learning_rate=learning_rate(prepared),
-                checkpoints=checkpoints,
-                tracker=tracker,
-                stop=stop,
-                resume=resume,
-            )
-            if result.status == "done" and run.checkpoint.export:
-                write_model(prepared, engine, where / "model")
-                tracker.artifact(where / "model", kind="model")
-            status = result.status
-        finally:
-            tracker.close(status)
-        if world.rank == 0:
-            directory.write_result(where, summary(prepared, result))
-        world.barrier()  # nobody leaves before the result is written
-    return DONE if result.status == "done" else INTERRUPTED
-
-
-def measure(run: Run, checkpoint: Path) -> tuple[int, dict[str, float]]:
-    """Held-out metrics of a checkpoint of `run`: (step, metrics). Needs no training data. Collective.
-
-    `checkpoint` is a step's directory, or a run's, whose newest it is. Raises UserError, CheckpointError.
-    """
-    inspected = inspect(run)
-    tables = _tokenised(inspected, run.data.eval)
-    if not tables:
-        raise ConfigError(
-            "nothing to measure on: data.eval is empty; type 'data.eval=[{path: held_out.jsonl}]'"
-        )
-    with ExitStack() as closing:
-        world = connect(run.launch.device, timeout_s=run.launch.timeout_s)
-        closing.callback(world.close)
-        identity = {
-            "model": inspected.description.fingerprint,
-            "adapter": run.adapter.model_dump(mode="json"),
-        }
-        found = Checkpointer(Path(run.run_dir), world=world, keep=1, identity=identity).open(checkpoint)
-        engine = build_engine(inspected, world)
-        found.expect(engine.trained)
-        engine.load_state_dict(found.updates, found.read)
-        sets = _held_out(inspected, tables, world)
-        objective = TokenObjective(inspected.loss)
-        return found.step, evaluate(engine, {name: Term(objective, micros) for name, micros in sets.items()})
-
-
 def checkpointer(prepared: Prepared, world: World) -> Checkpointer:
     """The run's checkpoints."""
     return Checkpointer(
@@ -204,7 +128,7 @@ def build_stage(prepared: Prepared, world: World) -> Supervised:
         **_cut(prepared, world),
     )
     objective = TokenObjective(prepared.loss, [table.name for table in prepared.tables])
-    sets = _held_out(prepared, prepared.held_out, world)
+    sets = held_out_sets(prepared, prepared.held_out, world)
     return Supervised(loader, objective, sets, TokenObjective(prepared.loss))
 
 
@@ -224,7 +148,7 @@ def build_structure(inspected: Inspected, device: torch.device) -> Build:
     )
     return load.builder(
         inspected.description,
-        adapter=_adapter(run),
+        adapter=adapter_of(run),
         attention=attention,
         head_chunk_tokens=run.model.head_chunk_tokens,
     )
@@ -233,7 +157,7 @@ def build_structure(inspected: Inspected, device: torch.device) -> Build:
 def build_weights(inspected: Inspected) -> Weights:
     """Reads or makes the weights, on rank 0."""
     run = inspected.run
-    return load.reader(inspected.description, adapter=_adapter(run), seed=run.seed)
+    return load.reader(inspected.description, adapter=adapter_of(run), seed=run.seed)
 
 
 def build_strategy(run: Run, world: World) -> Strategy:
@@ -252,36 +176,6 @@ def build_strategy(run: Run, world: World) -> Strategy:
             from framework.strategy.zero import Zero
 
             return Zero(world, stage=3, **common)
-
-
-def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tracker:
-    """Where this run is recorded: on rank 0 everywhere that was asked for, elsewhere nowhere."""
-    if world.rank != 0:
-        return Fanout([])
-    run, where, config = prepared.run, Path(prepared.run.run_dir), record.shown(prepared.run)
-    trackers: list[Tracker] = [Jsonl(where / "metrics.jsonl", resume_step=resumed_at)]
-    trackers.append(Console(steps=prepared.steps, mode=run.tracker.console))
-    if run.tracker.wandb is not None:
-        from framework.track.wandb import Wandb
-
-        options = run.tracker.wandb.model_dump()
-        trackers.append(Wandb(where, config=config, job_type=run.stage.name, name=where.name, **options))
-    if run.tracker.report:
-        from framework.track.report import Report
-
-        trackers.append(Report(where, config=config))  # last: it reads what the others have written
-    return Fanout(trackers)
-
-
-def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
-    """The trained model as a directory that transformers or peft loads. Collective."""
-    export(
-        where,
-        description=inspected.description,
-        weights=engine.weights(),
-        adapter=_adapter(inspected.run),
-        rank=engine.world.rank,
-    )
 
 
 def plan(prepared: Prepared) -> Plan:
@@ -319,33 +213,7 @@ def learning_rate(prepared: Prepared) -> Schedule:
     )
 
 
-def summary(prepared: Prepared, result: Result) -> dict[str, Any]:
-    """`result.json`: how the run ended, in numbers and paths."""
-    run, progress = prepared.run, result.progress
-    where, metric = Path(run.run_dir), plan(prepared).metric
-    paths = {
-        "run_dir": where,
-        "metrics": where / "metrics.jsonl",
-        "model": where / "model",
-        "report": where / "report.html",
-        "checkpoints": where / "checkpoints",
-    }
-    return {
-        "status": result.status,
-        "steps": progress.step,
-        "of_steps": prepared.steps,
-        "tokens": progress.tokens,
-        "trained_tokens": progress.trained_tokens,
-        "skipped": progress.skipped,
-        "seconds": round(progress.seconds, 3),
-        "metrics": dict(result.metrics),
-        "best": {"metric": metric, "value": progress.best, "step": progress.best_step},
-        "objective": result.metrics.get(metric) if metric else None,
-        "paths": {name: str(path) for name, path in paths.items() if path.exists()},
-    }
-
-
-def _tokenised(
+def read_tables(
     inspected: Inspected, sources: Sequence[Any], *, progress: tokenised.Progress | None = None
 ) -> list[Table]:
     """Tables of some of the run's sources, from the cache or made now."""
@@ -377,13 +245,13 @@ def _cut(inspected: Inspected, world: World) -> dict[str, Any]:
     }
 
 
-def _held_out(inspected: Inspected, tables: Sequence[Table], world: World) -> dict[str, list[Batch]]:
+def held_out_sets(inspected: Inspected, tables: Sequence[Table], world: World) -> dict[str, list[Batch]]:
     """This rank's micro-batches of every held-out set."""
     most, cut = inspected.run.evaluate.max_examples, _cut(inspected, world)
     return {table.name: held_out(table, max_examples=most, **cut) for table in tables}
 
 
-def _adapter(run: Run) -> Mapping[str, Any] | None:
+def adapter_of(run: Run) -> Mapping[str, Any] | None:
     return None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
 
 
@@ -404,10 +272,3 @@ def _distinct(tables: Sequence[Table]) -> list[Table]:
         taken.add(name)
         named.append(replace(table, name=name))
     return named
-
-
-def _resume(run: Run, checkpoints: Checkpointer) -> Checkpoint | None:
-    """Where to go on from. `resume=never` was settled before the workers started."""
-    if run.resume in ("auto", "never"):
-        return checkpoints.newest()
-    return checkpoints.newest() or checkpoints.open(Path(run.resume))

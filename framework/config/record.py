@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -107,7 +107,7 @@ def _changed(tree: dict[str, Any], text: str) -> dict[str, Any]:
     """`tree` with one KEY=VALUE put in, VALUE in the grammar of the command line."""
     try:
         override = OverridesParser.create().parse_override(text)
-    except OverrideParseException as error:
+    except HydraException as error:
         raise ConfigError(f"{text}: not readable; expected KEY=VALUE") from error
     config = OmegaConf.create(tree)
     OmegaConf.update(config, override.key_or_group, override.value(), merge=False)

@@ -222,6 +222,7 @@ class Evaluate(Node):
     at_start: bool
     max_examples: Positive | None
     metric: Text | None
+    samples: Annotated[int, Field(ge=0)]
 
 
 class Checkpoint(Node):

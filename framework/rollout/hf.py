@@ -28,7 +28,6 @@ class Completion:
     finished: bool  # ended by itself; False: stopped at `max_new_tokens`
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -47,11 +46,36 @@ def generate(
     of the prompt), so a draw depends neither on the batch size nor on the neighbours.
     `on_progress(done, total)` is called as rows end.
     """
-    was_training = model.training
-    model.eval()
     ids = [
         tokenizer.apply_chat_template(list(p), add_generation_prompt=True, return_dict=False) for p in prompts
     ]
+    return complete(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        on_progress=on_progress,
+    )
+
+
+@torch.inference_mode()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """`generate` for prompts that are token ids already, each of at least one."""
+    was_training = model.training
+    model.eval()
     shared = _shared_prefix(ids)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # the largest batch first
     done: dict[int, Completion] = {}

@@ -146,11 +146,8 @@ class FsdpEngine:
             self._parameters[name].grad = None
         return norm
 
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        with common.inference(self._module):
-            yield
-        self._release()
+    def inference(self) -> contextlib.AbstractContextManager[None]:
+        return common.inference(self._module)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
@@ -172,7 +169,7 @@ class FsdpEngine:
         return cast(DTensor, gradient).to_local()
 
     def _release(self) -> None:
-        """Drop gathered weights: what an evaluation leaves behind must not outlive an update."""
+        """Drop gathered weights: what a forward pass leaves behind must not outlive a change of masters."""
         for unit in _units(self._module):
             unit.reshard()
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from framework.errors import ConfigError
 from framework.strategy import common
@@ -42,6 +41,7 @@ from framework.strategy.base import (
 )
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
+from framework.strategy.linear import keeping_parameters
 from framework.strategy.memory import checkpoint_blocks
 
 
@@ -174,19 +174,8 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:
-        if self._stage < 3:
+        with keeping_parameters() if self._stage == 3 else contextlib.nullcontext():
             yield
-            return
-        linear = nn.functional.linear
-
-        def keeping_the_parameter(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return _Linear.apply(linear, input, weight, bias)
-
-        nn.functional.linear = keeping_the_parameter
-        try:
-            yield
-        finally:
-            nn.functional.linear = linear
 
     def __call__(self, batch: Any, **options: Any) -> Any:
         return common.call(self._engine, batch, self.world.device, **options)
@@ -315,33 +304,6 @@ class ZeroEngine:
         # Every element has one owner and is zero elsewhere; as integers, its bits add up exactly.
         dist.all_reduce(whole.view(torch.int32))
         return whole.view(shape)
-
-
-class _Linear(torch.autograd.Function):
-    """y = x W^T + b that keeps the parameter W for its backward pass, not the memory behind it.
-
-    torch's own keeps a view of W: under ZeRO-3 every weight of the model, once gathered, would stay
-    until the backward pass reached it. The parameter is gathered again by then. DeepSpeed's own adds
-    the bias in place, which makes gradients wrong where checkpointing keeps products for later.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, linear: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, for_x, for_weight, *for_bias = ctx.needs_input_grad
-        flat = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-        return (
-            None,
-            grad @ weight if for_x else None,
-            flat.t() @ x.reshape(-1, x.shape[-1]) if for_weight else None,
-            *[flat.sum(0) if wanted else None for wanted in for_bias],
-        )
 
 
 def _fill(

@@ -27,10 +27,9 @@ class Wandb:
 
     `config` is stored as it is, so it must hold no secret. `group` is the experiment or sweep,
     `job_type` the stage. `mode` is "auto" (online with a key, else offline), "online" or "offline";
-    a server that has not answered after half of `timeout_s` makes it offline. With `artifacts`, checkpoints
-    and models are recorded by their place; nothing is uploaded. The run's id is kept in
-    `run_dir`/wandb/run_id, so a resumed run goes on on the same page; records of steps that the server
-    has already are not sent twice. `say` gets plain-language notices, from another thread.
+    a server that has not answered after half of `timeout_s` makes it offline. The run's id is
+    kept in `run_dir`/wandb/run_id, so a resumed run goes on on the same page; records of steps that the
+    server has already are not sent twice. `say` gets plain-language notices, from another thread.
     """
 
     def __init__(
@@ -46,11 +45,9 @@ class Wandb:
         tags: Sequence[str] = (),
         mode: str = "auto",
         timeout_s: float = 10.0,
-        artifacts: bool = False,
         say: Callable[[str], None] = logging.getLogger(__name__).warning,
     ) -> None:
         self._say = say
-        self._artifacts = artifacts
         self._timeout_s = timeout_s
         self._work: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
         self._known = -1  # the last step that the server had when this process joined
@@ -86,13 +83,7 @@ class Wandb:
             self._work.put(send)
 
     def artifact(self, path: Path, *, kind: str) -> None:
-        def send(run: Any) -> None:
-            artifact = wandb.Artifact(f"{run.id}-{kind}", type=kind)
-            artifact.add_reference(Path(path).resolve().as_uri(), checksum=False)
-            run.log_artifact(artifact)
-
-        if self._artifacts:
-            self._work.put(send)
+        """Nothing is uploaded: artifacts are found by their place in the run directory."""
 
     def close(self, status: str) -> None:
         self._work.put(lambda run: run.finish(exit_code=0 if status == "done" else 1))

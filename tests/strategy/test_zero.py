@@ -26,8 +26,9 @@ from zero_worlds import (
 )
 
 from framework.errors import ConfigError
+from framework.strategy.linear import Linear
 from framework.strategy.world import Group, connect
-from framework.strategy.zero import Zero, _Linear, deepspeed_config
+from framework.strategy.zero import Zero, deepspeed_config
 
 torch.set_num_threads(1)
 
@@ -312,7 +313,7 @@ def keeps_products(context, operation, *args, **kwargs):
 def test_the_linear_of_micro_batches_has_the_gradients_of_torchs(shape, bias, frozen, kept):
     """Also where a checkpointed region keeps the results of products, which must not change after."""
     answers = []
-    for linear in (nn.functional.linear, partial(_Linear.apply, nn.functional.linear)):
+    for linear in (nn.functional.linear, partial(Linear.apply, nn.functional.linear)):
         torch.manual_seed(0)
         x, weight, offset = torch.randn(shape), torch.randn(3, 5), torch.randn(3)
         leaves = [x.requires_grad_(), weight.requires_grad_(not frozen), offset.requires_grad_()]

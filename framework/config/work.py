@@ -1,0 +1,210 @@
+"""What every rank does with a run: join the others, train, write what is left."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framework.cluster import directory
+from framework.cluster.signals import StopRequest
+from framework.config import build, record
+from framework.config.build import Inspected, Prepared
+from framework.config.schema import Run
+from framework.errors import DONE, INTERRUPTED, ConfigError
+from framework.models import answering
+from framework.models.export import export
+from framework.rollout.hf import complete
+from framework.stages.base import Term
+from framework.stages.sft import TokenObjective
+from framework.strategy.base import Engine, World
+from framework.strategy.world import connect
+from framework.track.base import Tracker
+from framework.track.console import Console
+from framework.track.fanout import Fanout
+from framework.track.jsonl import Jsonl
+from framework.train.checkpoint import Checkpointer
+from framework.train.evaluate import evaluate
+from framework.train.restore import Checkpoint
+from framework.train.trainer import Result, train
+
+SAMPLE_TOKENS = 64  # the longest answer shown: enough to see what kind of answer it is
+
+
+def work(run: Run) -> int:
+    """Train `run` on this rank, from its start or from where it stopped. Returns the exit status."""
+    with StopRequest() as stop, ExitStack() as closing:
+        prepared = build.prepare(run)
+        world = _join(run, closing)
+        checkpoints = build.checkpointer(prepared, world)
+        resume = _resume(run, checkpoints)
+        where = Path(run.run_dir)
+        tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
+        status = "failed"
+        try:
+            result = _train(prepared, world, tracker, stop, checkpoints, resume)
+            if result.status == "done" and run.checkpoint.export and world.rank == 0:
+                show_samples(prepared, where / "model", tracker, step=result.progress.step)
+            status = result.status
+        finally:
+            tracker.close(status)
+        if world.rank == 0:
+            directory.write_result(where, summary(prepared, result))
+        world.barrier()  # nobody leaves before the result is written
+    return DONE if result.status == "done" else INTERRUPTED
+
+
+def measure(run: Run, checkpoint: Path) -> tuple[int, dict[str, float]]:
+    """Held-out metrics of a checkpoint of `run`: (step, metrics). Needs no training data. Collective.
+
+    `checkpoint` is a step's directory, or a run's, whose newest it is. Raises UserError, CheckpointError.
+    """
+    inspected = build.inspect(run)
+    tables = build.read_tables(inspected, run.data.eval)
+    if not tables:
+        raise ConfigError(
+            "nothing to measure on: data.eval is empty; type 'data.eval=[{path: held_out.jsonl}]'"
+        )
+    with ExitStack() as closing:
+        return _measure(inspected, tables, _join(run, closing), checkpoint)
+
+
+def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tracker:
+    """Where this run is recorded: on rank 0 everywhere that was asked for, elsewhere nowhere."""
+    if world.rank != 0:
+        return Fanout([])
+    run, where, config = prepared.run, Path(prepared.run.run_dir), record.shown(prepared.run)
+    trackers: list[Tracker] = [
+        Jsonl(where / "metrics.jsonl", resume_step=resumed_at),
+        Console(steps=prepared.steps, mode=run.tracker.console),
+    ]
+    if run.tracker.wandb is not None:
+        from framework.track.wandb import Wandb
+
+        options = run.tracker.wandb.model_dump()
+        trackers.append(Wandb(where, config=config, job_type=run.stage.name, name=where.name, **options))
+    if run.tracker.report:
+        from framework.track.report import Report
+
+        trackers.append(Report(where, config=config))  # last: it reads what the others have written
+    return Fanout(trackers)
+
+
+def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
+    """The trained model as a directory that transformers or peft loads. Collective."""
+    export(
+        where,
+        description=inspected.description,
+        weights=engine.weights(),
+        adapter=build.adapter_of(inspected.run),
+        rank=engine.world.rank,
+    )
+
+
+def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int) -> None:
+    """What the written model answers to the first held-out prompts, beside what was to be answered."""
+    count = prepared.run.evaluate.samples
+    if count == 0 or not prepared.held_out:
+        return
+    lm, tokenizer = answering.load(str(model), device=prepared.run.launch.device)
+    prompts, rows = [], []
+    table = prepared.held_out[0]
+    for row in range(min(count, len(table))):
+        ids, trained = table.example(row)
+        first = int(trained.argmax())  # what comes before the first trained token is the prompt
+        if first == 0:  # plain text has no prompt: show how the model goes on from its first words
+            first = max(1, len(ids) // 4)
+        prompts.append(ids[:first].tolist())
+        rows.append({"prompt": tokenizer.decode(ids[:first]), "reference": tokenizer.decode(ids[first:])})
+    answers = complete(lm, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
+    for shown, answer in zip(rows, answers, strict=True):
+        shown["after"] = answer.text
+    tracker.log("samples", {"rows": rows}, step=step)
+
+
+def summary(prepared: Prepared, result: Result) -> dict[str, Any]:
+    """`result.json`: how the run ended, in numbers and paths."""
+    run, progress = prepared.run, result.progress
+    where, metric = Path(run.run_dir), build.plan(prepared).metric
+    paths = {
+        "run_dir": where,
+        "metrics": where / "metrics.jsonl",
+        "model": where / "model",
+        "report": where / "report.html",
+        "checkpoints": where / "checkpoints",
+    }
+    return {
+        "status": result.status,
+        "steps": progress.step,
+        "of_steps": prepared.steps,
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        "skipped": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+        "metrics": dict(result.metrics),
+        "best": {"metric": metric, "value": progress.best, "step": progress.best_step},
+        "objective": result.metrics.get(metric) if metric else None,
+        "paths": {name: str(path) for name, path in paths.items() if path.exists()},
+    }
+
+
+def _join(run: Run, closing: ExitStack) -> World:
+    if run.launch.threads is not None:  # another launcher may have chosen differently
+        torch.set_num_threads(run.launch.threads)
+    world = connect(run.launch.device, timeout_s=run.launch.timeout_s)
+    closing.callback(world.close)
+    return world
+
+
+# The engine lives in these two functions alone: it must be gone before the world is closed.
+
+
+def _train(
+    prepared: Prepared,
+    world: World,
+    tracker: Tracker,
+    stop: StopRequest,
+    checkpoints: Checkpointer,
+    resume: Checkpoint | None,
+) -> Result:
+    engine = build.build_engine(prepared, world)
+    if resume is not None:
+        resume.expect(engine.trained)
+    result = train(
+        build.build_stage(prepared, world),
+        engine,
+        build.plan(prepared),
+        learning_rate=build.learning_rate(prepared),
+        checkpoints=checkpoints,
+        tracker=tracker,
+        stop=stop,
+        resume=resume,
+    )
+    if result.status == "done" and prepared.run.checkpoint.export:
+        where = Path(prepared.run.run_dir) / "model"
+        write_model(prepared, engine, where)
+        tracker.artifact(where, kind="model")
+    return result
+
+
+def _measure(
+    inspected: Inspected, tables: Any, world: World, checkpoint: Path
+) -> tuple[int, dict[str, float]]:
+    run = inspected.run
+    identity = {"model": inspected.description.fingerprint, "adapter": run.adapter.model_dump(mode="json")}
+    found = Checkpointer(Path(run.run_dir), world=world, keep=1, identity=identity).open(checkpoint)
+    engine = build.build_engine(inspected, world)
+    found.expect(engine.trained)
+    engine.load_state_dict(found.updates, found.read)
+    objective = TokenObjective(inspected.loss)
+    sets = build.held_out_sets(inspected, tables, world)
+    return found.step, evaluate(engine, {name: Term(objective, micros) for name, micros in sets.items()})
+
+
+def _resume(run: Run, checkpoints: Checkpointer) -> Checkpoint | None:
+    """Where to go on from. `resume=never` was settled before the workers started."""
+    if run.resume in ("auto", "never"):
+        return checkpoints.newest()
+    return checkpoints.newest() or checkpoints.open(Path(run.resume))
