@@ -1,10 +1,15 @@
 """Every engine on every number of ranks computes what one plain process computes."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 import toy
 import workers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from framework.strategy import buckets
 
 ENGINES = [
     ("ddp", {}),
@@ -172,34 +177,98 @@ def test_learning_rate_times_the_scale_of_the_group(name):
         assert moved["embed.weight"] == pytest.approx(0.01, rel=1e-3)  # among those that do not decay
 
 
-def rounds(world, name, options):
-    """bf16: the largest difference of exp_avg and the losses against fp32, relative."""
-    runs = []
-    for precision in ("fp32", "bf16"):
-        engine = toy.start(world, name, precision=precision, **options)
-        history = toy.advance(engine, [0], count=2)
-        runs.append((history, toy.portable(engine.state_dict())))
-        if precision == "bf16":  # masters moved by less than bf16 can tell are still moved
-            toy.advance(engine, [1], count=2, lr=1e-6)
-            _, after = toy.portable(engine.state_dict())
-    moved = [
-        (left[2][toy.MASTER] != right[2][toy.MASTER]).mean()
-        for n in after
-        for left, right in zip(runs[1][1][1][n], after[n], strict=True)
-        if left[2][toy.MASTER].size
-    ]
-    return runs, float(np.mean(moved))
+def rounds(world, name, options, precision, frozen):
+    """One update, then one by less than bf16 can tell; the history and both states."""
+    engine = toy.start(world, name, precision=precision, frozen=frozen, **options)
+    history = toy.advance(engine, [0], count=3)
+    state = toy.portable(engine.state_dict())
+    toy.advance(engine, [1], count=3, lr=1e-6)
+    return history, state, toy.portable(engine.state_dict())
 
 
-@pytest.mark.parametrize(("name", "options"), ENGINES)
-def test_bf16_computes_rounded_and_updates_exactly(name, options):
-    """bf16 has 8 bits: gradients agree with fp32 to about 2^-8 times a few; masters keep updates of 1e-6."""
-    results = workers.run(2, rounds, name, options)
-    (_, exact), (_, rounded) = (toy.whole([runs[i][1] for runs, _ in results]) for i in (0, 1))
-    assert 1e-4 < worst(rounded, exact, toy.FIRST) < 2e-2
-    for runs, moved in results:
-        np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-2)
-        assert moved > 0.5
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bf16_computes_rounded_and_adds_and_updates_in_fp32(frozen):
+    """bf16 has 8 bits: its gradients differ from fp32 by about 2^-8 times a few.
+
+    Yet both engines round the same weights and cut the same micro-batches, so summing over these and
+    over ranks in fp32 makes them agree with each other to 1e-6. Updates of 1e-6 move the masters.
+    """
+    runs = [workers.run(2, rounds, "ddp", {}, "fp32", frozen)]
+    runs += [workers.run(2, rounds, name, options, "bf16", frozen) for name, options in ENGINES]
+    (_, exact), *rounded = (toy.whole(state for _, state, _ in ranks) for ranks in runs)
+    for ranks, (_, joined) in zip(runs[1:], rounded, strict=True):
+        assert 1e-4 < worst(joined, exact, toy.FIRST) < 2e-2
+        assert worst(joined, rounded[0][1], toy.FIRST) < 1e-6
+        np.testing.assert_allclose(ranks[0][0], runs[0][0][0], rtol=1e-2)
+        _, later = toy.whole(state for _, _, state in ranks)
+        moved = [(later[n][toy.MASTER] != joined[n][toy.MASTER]).mean() for n in joined]
+        assert np.mean(moved) > 0.5
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes to the process group."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathers = self.reductions = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name = function.name().split("::")
+        if namespace == "c10d":
+            assert "gather" in name or "reduce" in name, name
+            self.gathers += "gather" in name
+            self.reductions += "reduce" in name
+        return function(*args, **(kwargs or {}))
+
+
+def counts(world, name, options):
+    """(gathers, reductions) of each of three micro-batches."""
+    engine = toy.start(world, name, precision="fp32", **options)
+    found = []
+    for number, batch in enumerate(toy.micros(0, world.rank, world.size, 3)):
+        with Collectives() as seen, engine.micro(last=number == 2):
+            engine.backward(toy.total(engine(batch), batch))
+        found.append((seen.gathers, seen.reductions))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "expected"),
+    [
+        # replicated: one small bucket, reduced with the last micro-batch; alone: nothing
+        ("ddp", 1, {}, [(0, 0), (0, 0), (0, 0)]),
+        ("ddp", 2, {}, [(0, 0), (0, 0), (0, 1)]),
+        # three blocks gathered twice and the rest once; all four units reduced every time
+        ("fsdp", 2, {}, [(7, 4), (7, 4), (7, 4)]),
+        # gathered once a step, reduced once a step
+        ("fsdp", 2, {"reshard_after_forward": False}, [(4, 0), (0, 0), (0, 4)]),
+    ],
+)
+def test_what_each_micro_batch_sends(name, size, options, expected):
+    assert workers.run(size, counts, name, options) == [expected] * size
+
+
+def fills_many_buckets(world, unused):
+    """Buckets of 50 elements, where rank 0 never touches block 1 in the last micro-batch."""
+    with mock.patch.object(buckets, "BUCKET_ELEMENTS", 50):
+        engine = toy.start(world, "ddp", precision="fp32")
+    assert len(engine._buckets._flats) > 10
+    if unused and world.rank == 0:
+        engine._module.layers[1].forward = lambda x, *, causal: x
+    history = toy.advance(engine, [0, 1], count=2)
+    return history, toy.portable(engine.state_dict())
+
+
+def test_buckets_leave_in_one_order_even_when_a_gradient_never_comes():
+    """Were the order that of arrival, ranks 0 and 1 would add unlike buckets to one another."""
+    (history, _), (other, _) = workers.run(2, fills_many_buckets, True)
+    assert history == other
+    assert np.isfinite(history).all()
+    plainly, reference = toy.plain([0, 1])
+    assert history[0][0] != pytest.approx(plainly[0][0], rel=1e-6)  # rank 0 computed something else
+    ranks = workers.run(2, fills_many_buckets, False)
+    np.testing.assert_allclose(ranks[0][0], plainly, rtol=1e-5)
+    assert worst(toy.whole(state for _, state in ranks)[1], reference, toy.FIRST) < 1e-5
 
 
 def misuses(world):
