@@ -215,6 +215,7 @@ def training(run_dir: Path) -> dict[str, Any]:
         "general_loss_before": evals[0]["general/loss"],
         "general_loss": evals[-1]["general/loss"],
         "steps": steps[-1]["step"],
+        "general_loss_by_step": {str(line["step"]): line["general/loss"] for line in evals},
         # The first steps warm caches up; the middle of the rest is what a longer run would see.
         "tokens_per_s": demo_page.median([line["tokens_per_s"] for line in steps[2:] or steps]),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in steps),

@@ -78,6 +78,8 @@ class Page:
         page.print(f"\n[bold][{self._clock()}] What it learnt and what it kept[/bold]")
         page.print(_numbers(measured))
         start = measured["start"]
+        if same := _at_the_same_step(measured):
+            page.print(f"  {same}")
         page.print(
             f"  To compare: the most common answer scores {start['majority']:.0%}; the start model "
             f"shown three examples {start['few_shot']:.0%}.\n  Losses are nats per token of answers; general "
@@ -103,6 +105,20 @@ class Page:
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         return f"{minutes}:{seconds:02d}"
+
+
+def _at_the_same_step(measured: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The general losses where both trainings had gone as far: arms of different length compare there."""
+    curves = {arm: column["general_loss_by_step"] for arm, column in measured.items() if arm != "start"}
+    common = set.intersection(*(set(curve) for curve in curves.values()))
+    last = max(common, key=int)
+    if all(int(last) == measured[arm]["steps"] for arm in curves):
+        return None
+    losses = ", ".join(f"{curve[last]:.3f} {arm}" for arm, curve in curves.items())
+    return (
+        f"General text after the same {last} steps: {losses}. Scores on the task compare at equal steps "
+        "only: the shorter training stops as soon as its sentences are lost."
+    )
 
 
 def _numbers(measured: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -46,6 +46,7 @@ def test_losses_before_and_after_speed_and_memory_are_read_off_the_record(demo, 
         "general_loss_before": 1.3,
         "general_loss": 1.5,
         "steps": 5,
+        "general_loss_by_step": {"0": 1.3, "5": 1.5},
         "tokens_per_s": 40,
         "peak_memory_bytes": 5 * 2**30,
     }
@@ -96,18 +97,32 @@ def test_the_last_page_says_every_number_and_answer(demo, tmp_path, capsys):
             "talk": [f"{said} {number}" for number in range(3)],
         }
 
-    ran = {"steps": 40, "tokens_per_s": 321.0, "peak_memory_bytes": 3 * 2**30}
+    ran = {"tokens_per_s": 321.0, "peak_memory_bytes": 3 * 2**30}
+    longer = {"steps": 40, "general_loss_by_step": {"0": 1.25, "20": 1.375, "40": 1.5}}
+    shorter = {"steps": 20, "general_loss_by_step": {"0": 1.25, "20": 2.25}}
     measured = {
         "start": column(0.0, "first") | {"majority": 0.0, "few_shot": 0.03},
-        "with replay": column(0.75, "kept") | ran,
-        "without replay": column(0.5, "[/lost]") | ran,
+        "with replay": column(0.75, "kept") | ran | longer,
+        "without replay": column(0.5, "[/lost]") | ran | shorter,
     }
     page = demo.Page()
     page.result(measured, demo.TALK, tmp_path, seconds=90)
     page.save(tmp_path / "summary.txt")
     shown = capsys.readouterr().out
     assert shown.strip() == (tmp_path / "summary.txt").read_text().strip()
-    for text in ("75%", "50%", "0.125", "1.500", "321", "3.0", "kept 2", "[/lost] 1", "1.5 minutes", "3%"):
+    for text in (
+        "75%",
+        "50%",
+        "0.125",
+        "1.500",
+        "321",
+        "3.0",
+        "kept 2",
+        "[/lost] 1",
+        "1.5 minutes",
+        "3%",
+        "the same 20 steps: 1.375 with replay, 2.250 without replay",
+    ):
         assert text in shown, text
     for place in ("with-replay/model", "without-replay/report.html"):
         assert str(tmp_path / place) in shown.replace("\n", "")
