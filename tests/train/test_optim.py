@@ -23,4 +23,3 @@ def test_decay_moves_a_matrix_and_spares_a_norm():
     optimizer.step()
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))
     torch.testing.assert_close(norm.detach(), torch.ones(2))
-
