@@ -283,6 +283,9 @@ def _stored_dtype(files: list[Any]) -> torch.dtype:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """transformers without progress bars and remarks."""
+    if not torch.cuda.is_available():
+        # Saving a model makes accelerate import DeepSpeed where that is installed, which remarks on a CPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
