@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from framework.config import compose, record
 from framework.config.schema import Run
 from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, UserError
 
+TELL_EVERY_S = 2.0  # tokenising a large file takes minutes, and silence looks like a hang
 WORKER = "--worker"  # how our own gang starts this file, with the path of a run
 
 
@@ -277,7 +279,15 @@ def _as_kept(run: Run) -> Run:
 def _prepare(run: Run) -> None:
     from framework.config import build
 
-    build.prepare(run)
+    told = time.monotonic()
+
+    def progress(source: str, rows: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"reading {source}: {rows:,} rows", file=sys.stderr)
+
+    build.prepare(run, progress=progress)
 
 
 def _work(run: Run) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

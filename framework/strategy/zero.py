@@ -276,7 +276,7 @@ class ZeroEngine:
         """The masters [F] and AdamW's moments [F] of one flat tensor, made if no update was yet."""
         state = self._sharded.optimizer.state[flat]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=flat.device)  # where a fused AdamW wants it
             state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
         return {MASTER: flat, FIRST: state["exp_avg"], SECOND: state["exp_avg_sq"]}

@@ -41,4 +41,5 @@ def adamw(
         {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps)
+    # fused: one pass over memory, several times faster than a loop over parameters also on a CPU
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
