@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="more settings for both trainings, such as steps=60")
     arguments = parser.parse_args()
     os.chdir(ROOT)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would break into our lines
     try:
         sys.exit(demonstrate(arguments.overrides))
     except UserError as refusal:
@@ -169,6 +170,7 @@ def measure(model_dir: Path, kept: Path, page: Page, *, baselines: bool = False)
     from framework.rollout.rewards import verified
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # a second gains little on matrices this small and loses much on a busy machine
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModelForCausalLM.from_pretrained(
