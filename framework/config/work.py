@@ -117,7 +117,10 @@ def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int
         if first == 0:  # plain text has no prompt: show how the model goes on from its first words
             first = max(1, len(ids) // 4)
         prompts.append(ids[:first].tolist())
-        rows.append({"prompt": tokenizer.decode(ids[:first]), "reference": tokenizer.decode(ids[first:])})
+        prompt, reference = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first:])
+        )
+        rows.append({"prompt": prompt, "reference": reference})
     answers = complete(lm, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
     for shown, answer in zip(rows, answers, strict=True):
         shown["after"] = answer.text

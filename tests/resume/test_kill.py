@@ -170,6 +170,33 @@ def test_a_restart_by_the_launcher_itself(command, undisturbed, tmp_path):
     same_record(tmp_path, undisturbed)
 
 
+def test_evaluate_measures_the_checkpoint_as_training_did(undisturbed):
+    """One process instead of two, so the order of sums differs: 1e-3 of the loss in bf16."""
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), str(undisturbed), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(told.stdout.splitlines()[-1])
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert found["step"] == STEPS
+    assert found["metrics"]["held/units"] == result["metrics"]["held/units"]
+    assert found["metrics"]["held/loss"] == pytest.approx(result["metrics"]["held/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mistake", ["data.evl=[]", "optim.lr=-1", "="])
+def test_evaluate_refuses_a_mistake_with_status_2(mistake, undisturbed):
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), str(undisturbed), mistake],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: ")
+    assert "Traceback" not in told.stderr
+
+
 def test_a_finished_run_is_not_done_again(command, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     assert finish(start(command, undisturbed)) == 0
