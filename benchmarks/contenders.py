@@ -50,7 +50,7 @@ class Marks:
         }
 
 
-def ours(model: Path, data: Path, marks: Marks) -> None:
+def ours(model: Path, data: Path, marks: Marks, *, tokens_per_micro: int) -> None:
     """What `python launch/train.py` does on one rank, without writing anything."""
     from framework.config import build, compose
     from framework.strategy.world import connect
@@ -81,6 +81,7 @@ def ours(model: Path, data: Path, marks: Marks) -> None:
                 f"data.cache_dir={temporary}/cache",
                 f"run_dir={temporary}/run",
                 f"batch.sequences={SEQUENCES}",
+                f"batch.tokens_per_micro={tokens_per_micro}",
                 f"optim.lr={LEARNING_RATE}",
                 "data.workers=1",
                 "launch.device=cpu",
@@ -207,7 +208,8 @@ def _timed(trainer: Any, marks: Marks) -> Any:
 
 
 CONTENDERS: dict[str, Callable[[Path, Path, Marks], None]] = {
-    "ours": ours,
+    "ours": lambda m, d, k: ours(m, d, k, tokens_per_micro=8192),  # as it comes
+    "ours, small micro-batches": lambda m, d, k: ours(m, d, k, tokens_per_micro=2048),
     "trl, defaults": lambda m, d, k: trl(m, d, k, best=False),
     "trl, best flags": lambda m, d, k: trl(m, d, k, best=True),
     "transformers": lambda m, d, k: transformers(m, d, k, grouped=False),
