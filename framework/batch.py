@@ -1,6 +1,6 @@
 """Frozen records of what a forward pass takes and what it answers. Knows no file, no loss, no rank.
 
-Letters: R rows, T tokens in a row, S segments (documents), K trained positions.
+Letters: R rows, T tokens in a row, S segments (documents), K trained positions, P places (see `Batch`).
 
 A micro-batch is *packed* by default: one row (R = 1) holds whole segments end to end, with
 `position_ids` starting again at 0 in each and `boundaries` between them. *Padded* (R = S) holds one
@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch of one rank.
 
     `trained[k]` is the flat index (into R*T) of the position whose *next* token is trained, and
     `targets[k]` is that next token: the causal shift is done once, where batches are made.
     `units` is this batch's addend to the step's denominator, known before any forward pass.
+
+    Segments that begin alike may share those tokens: the row then holds them once, and `places` says
+    which token stands at each place of the rows that attention sees.
     """
 
     input_ids: Tensor  # [R, T] int64
     position_ids: Tensor  # [R, T] int64, from 0 in every segment
-    boundaries: Tensor  # [S + 1] int32, first token of each segment in the packed row, then T
+    boundaries: Tensor  # [S + 1] int32, first place of each segment in the packed row, then P
     trained: Tensor  # [K] int64, flat positions, ascending
     targets: Tensor  # [K] int64, token ids
     weights: Tensor  # [K] fp32, 0 = not counted
@@ -36,12 +39,13 @@ class Batch:
     sources: Tensor  # [S] int64, the source each segment came from; -1 in a fill
     packed: bool  # True: R = 1 and `boundaries` rules; False: one segment a row
     max_length: int  # tokens in the longest segment
-    units: float  # sum of `weights`
+    units: float  # this batch's addend to the step's denominator
+    places: Tensor | None = None  # [P] int64, the token at each place; None: P = T, in order
 
     @property
     def tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return int(self.boundaries[-1])
+        """Real tokens, padding not counted, shared ones once."""
+        return int(self.boundaries[-1]) if self.places is None else self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`; `sources`, which only metrics read, stays where it is."""
@@ -53,6 +57,43 @@ class Batch:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch):
+    """Answers in twos: segments 2n and 2n + 1 are the chosen and the rejected one of pair n of N.
+
+    For preference losses the trained positions are those of the answers; for reward models they are
+    the last token of each segment, so K = S and `targets` mean nothing.
+    """
+
+    pair_weights: Tensor  # [N] fp32, 0 = not counted; 1, or 1 / C(k, 2) in a ranking of k answers
+    margins: Tensor  # [N] fp32, by how much the chosen one should win; 0 where the data says nothing
+    reference_logps: Tensor | None = None  # [K] fp32 nats, the reference's answer to `targets`
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatch(Batch):
+    """Single answers that were liked or not: unpaired preference data."""
+
+    desirable: Tensor  # [S] bool
+    segment_weights: Tensor  # [S] fp32, 0 = not counted
+    reference_logps: Tensor | None = None  # [K] fp32 nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch(Batch):
+    """Generated answers with what was known when they were made; the trained positions are theirs.
+
+    `weights` carry the way of averaging (token, sequence, constant length) and `units` its denominator.
+    """
+
+    advantages: Tensor  # [K] fp32
+    old_logps: Tensor  # [K] fp32 nats, of the trainer's own policy before the first update
+    correction: Tensor | None = None  # [K] fp32, weight for the difference between sampler and trainer
+    reference_logps: Tensor | None = None  # [K] fp32 nats
+    old_values: Tensor | None = None  # [K] fp32, the critic's before the first update
+    returns: Tensor | None = None  # [K] fp32, what the critic learns
+
+
 class Outputs(NamedTuple):
     """What a model answers: numbers per trained position, never a [tokens, vocabulary] tensor.
 
@@ -62,3 +103,11 @@ class Outputs(NamedTuple):
     logps: Tensor  # [K] fp32 nats, log-probability of `Batch.targets`
     entropies: Tensor | None = None  # [K] fp32 nats, only when asked for
     mean_logps: Tensor | None = None  # [K] fp32 nats, mean over the vocabulary, only when asked for
+    collisions: Tensor | None = None  # [K] fp32 nats, log of the sum of squared probabilities, likewise
+    values: Tensor | None = None  # [K] fp32, the critic's value of the state that predicts the token
+
+
+class Scores(NamedTuple):
+    """What a reward model or a critic alone answers."""
+
+    scores: Tensor  # [K] fp32, one for each of `Batch.trained`

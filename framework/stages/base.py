@@ -1,6 +1,6 @@
 """The contract of a stage: where an optimizer step's micro-batches come from and what they cost.
 
-A stage knows no strategy and runs no collective. It answers `next(step)` with terms; each term has
+A stage knows no strategy; ranks meet in it only through `World`. It answers `next(step)` with terms; each term has
 its own denominator, so adding replay or a pretraining term to any stage is adding a term.
 """
 
@@ -25,10 +25,22 @@ class Term:
 
 
 class Stage(Protocol):
-    """A source of optimizer steps whose whole state fits in JSON."""
+    """A source of optimizer steps whose whole state fits in JSON.
+
+    It may ask the engine for forward passes without gradients (`engine.inference()`) between steps, and
+    the world for sums: what couples the units of a step (a group's mean, a baseline) is computed here,
+    over all ranks, and handed to the loss as plain tensors.
+    """
 
     def next(self, step: int) -> Sequence[Term]:
         """The terms of optimizer step `step` (0-based). Reinforcement learning rolls out in here."""
+
+    @property
+    def resting(self) -> bool:
+        """Whether a checkpoint may be made now: not while a rollout is only half used up."""
+
+    def reports(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """(kind, metrics) lines since the last call, such as ("rollout", {...}); alike on all ranks."""
 
     def held_out(self) -> Mapping[str, Term]:
         """Terms to evaluate without gradients, by the name of the data."""

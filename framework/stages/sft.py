@@ -89,6 +89,12 @@ class Supervised:
         taken = self.loader.next()
         return [Term(self.objective, taken.micros, stats=taken.stats)]
 
+    resting = True
+
+    def reports(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Nothing happens here besides training."""
+        return []
+
     def held_out(self) -> Mapping[str, Term]:
         """The held-out sets, by name."""
         return self._held_out

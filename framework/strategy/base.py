@@ -127,6 +127,18 @@ class Engine(Protocol):
         """Fetch this rank's slices with `read`, which must be exact: reloading is bitwise."""
 
 
+class Frozen(Protocol):
+    """A model that is only asked, never trained: a reference, a reward model."""
+
+    world: World
+
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        """The answer without gradients, dropout off. Collective where the weights are spread."""
+
+    def refill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take other weights, whole and under the same names, such as those of `Engine.weights`. Collective."""
+
+
 class Strategy(Protocol):
     """A way of spreading a model over the ranks of a world."""
 
@@ -135,3 +147,7 @@ class Strategy(Protocol):
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         """Build, spread, fill with `weights` (each rank gets its share only) and make trainable."""
+
+    def freeze(self, build: Build, weights: Weights) -> Frozen:
+        """A model in the precision of training that holds no gradients, masters or moments, spread
+        in the same way."""
