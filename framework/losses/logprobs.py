@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ class _Shape:
     temperature: float
     entropies: bool
     means: bool
+    collisions: bool
+
+
+class TokenLogps(NamedTuple):
+    """What the head answers, [K] each, in nats; None where it was not asked for."""
+
+    logps: Tensor
+    entropies: Tensor | None
+    means: Tensor | None  # mean log-probability over the vocabulary
+    collisions: Tensor | None  # log of sum_v p_v^2, without gradient
 
 
 def token_logps(
@@ -44,23 +54,30 @@ def token_logps(
     temperature: float = 1.0,
     entropies: bool = False,
     means: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log softmax(logits)[targets], and on request the entropy and the mean over the vocabulary.
+    collisions: bool = False,
+) -> TokenLogps:
+    """log softmax(logits)[targets], and on request the entropy, the mean over the vocabulary and the
+    collision probability, the chance that two draws give the same token.
 
     hidden [K, d], weight [V, d], targets [K] int64, bias [V]. With z = scale * (hidden weight^T + bias)
     the logits are c tanh(z / c) where a `softcap` c is given, else z, divided by `temperature`: the
     order of the models that have all three (Gemma, Cohere, Granite).
 
-    Returns (logps [K], entropies [K] or None, mean log-probability over the vocabulary [K] or None), in
-    nats. The product runs in `hidden`'s type; all that follows in fp32 (fp64 for fp64 inputs), and so
-    does the sum of the weight's gradient over chunks. All three answers are differentiable. K = 0
-    gives empty answers that are still part of the graph. A weight that asks for no gradient costs none.
+    The product runs in `hidden`'s type; all that follows in fp32 (fp64 for fp64 inputs), and so does the
+    sum of the weight's gradient over chunks. All answers but `collisions` are differentiable. K = 0 gives
+    empty answers that are still part of the graph. A weight that asks for no gradient costs none. Raises
+    ValueError for a chunk or a temperature that is not positive.
     """
     if chunk < 1 or temperature <= 0:
         raise ValueError(f"chunk={chunk} and temperature={temperature} must be positive")
-    shape = _Shape(chunk, scale, softcap, temperature, entropies, means)
-    logps, entropy, mean = _Head.apply(hidden, weight, targets, bias, shape)
-    return logps, entropy if entropies else None, mean if means else None
+    shape = _Shape(chunk, scale, softcap, temperature, entropies, means, collisions)
+    logps, entropy, mean, collision = _Head.apply(hidden, weight, targets, bias, shape)
+    return TokenLogps(
+        logps,
+        entropy if entropies else None,
+        mean if means else None,
+        collision if collisions else None,
+    )
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,7 +106,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shape: _Shape
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden.shape[0]
         matrix = weight.to(hidden.dtype)
         statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -97,24 +114,30 @@ class _Head(torch.autograd.Function):
         logps = torch.empty_like(lse)
         entropy = torch.empty_like(lse) if shape.entropies else lse.new_empty(0)
         mean = torch.empty_like(lse) if shape.means else lse.new_empty(0)
+        collision = torch.empty_like(lse) if shape.collisions else lse.new_empty(0)
         for part in _chunks(rows, shape.chunk):
             logits = _logits(hidden[part], matrix, bias, shape)
             lse[part] = logits.logsumexp(1)
             logps[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
             if shape.means:
                 mean[part] = logits.mean(1) - lse[part]
-            if shape.entropies:
+            if shape.entropies or shape.collisions:
                 log_p = logits.sub_(lse[part, None])
-                entropy[part] = -(log_p.exp() * log_p).sum(1)
+                p = log_p.exp()
+                if shape.entropies:
+                    entropy[part] = -log_p.mul_(p).sum(1)
+                if shape.collisions:  # at least 1 / V, so squares of small p may vanish
+                    collision[part] = p.square_().sum(1).log_()
         ctx.shape = shape
+        ctx.mark_non_differentiable(collision)
         ctx.set_materialize_grads(False)  # an answer that only a metric reads costs no backward work
         ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy)
-        return logps, entropy, mean
+        return logps, entropy, mean, collision
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, for_logps: Tensor | None, for_entropy: Tensor | None, for_mean: Tensor | None
+        ctx: Any, for_logps: Tensor | None, for_entropy: Tensor | None, for_mean: Tensor | None, _: None
     ) -> tuple[Any, ...]:
         """With p the softmax: d logps = onehot - p, d mean = 1/V - p, d entropy = -p (log p + entropy)."""
         hidden, weight, targets, bias, lse, entropy = ctx.saved_tensors

@@ -6,6 +6,7 @@ A [rank, in] drawn at random and B [out, rank] zero, so that training starts fro
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,28 @@ def attach(lm: nn.Module, adapter: Lora) -> nn.Module:
             f"adapter.targets={adapter.targets} does not fit this model: {error}. "
             f"Type adapter.targets=all-linear or some of [{', '.join(sorted(linear))}]"
         ) from error
+
+
+@contextlib.contextmanager
+def without(lm: nn.Module) -> Iterator[None]:
+    """The frozen model alone answers inside. For forward passes without gradients.
+
+    Only the layers' switch is thrown. peft's own way also stops the adapters' parameters from asking for
+    gradients and starts them again, and by then a sharding strategy may have put others in their place.
+    Raises ValueError where there is no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("adapter=False, but the model has no adapter: it would answer as what is trained")
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_adapter(name: str) -> bool:

@@ -10,14 +10,15 @@ around it gathers the head's once, however many chunks there are.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from framework.batch import Batch, Outputs
 from framework.losses.logprobs import token_logps
-from framework.models import attention
+from framework.models import adapters, attention
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -31,18 +32,25 @@ class Policy(nn.Module):
         self.head_chunk_tokens = head_chunk_tokens
         self.head_scale, self.head_softcap = head_rules(causal_lm(lm).config)
 
-    def forward(self, batch: Batch, *, needs: frozenset[str] = NOTHING) -> Outputs:
-        """Log-probabilities of `batch.targets` [K]; `needs` may name "entropies" and "mean_logps"."""
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        needs: frozenset[str] = NOTHING,
+        adapter: bool = True,
+        temperature: float = 1.0,
+    ) -> Outputs:
+        """Log-probabilities [K] of `batch.targets`, of logits divided by `temperature`.
+
+        `needs` may name other fields of `Outputs`: "entropies", "mean_logps", "collisions".
+        `adapter=False` asks the frozen model under the adapters, for use inside `Engine.inference`. Raises
+        ValueError when there are none.
+        """
         lm = causal_lm(self.lm)
-        answer = lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **attention.keywords(batch, lm.config._attn_implementation),
-        )
-        hidden = answer.last_hidden_state.flatten(0, 1).index_select(0, batch.trained)  # [K, d]
+        with contextlib.nullcontext() if adapter else adapters.without(lm):
+            hidden = body(lm, batch)  # [K, d]
         head = lm.get_output_embeddings()
-        logps, entropies, mean_logps = token_logps(
+        logps, entropies, mean_logps, collisions = token_logps(
             hidden,
             head.weight,
             batch.targets,
@@ -50,17 +58,34 @@ class Policy(nn.Module):
             chunk=self.head_chunk_tokens,
             scale=self.head_scale,
             softcap=self.head_softcap,
+            temperature=temperature,
             entropies="entropies" in needs,
             means="mean_logps" in needs,
+            collisions="collisions" in needs,
         )
-        return Outputs(logps, entropies, mean_logps)
+        return Outputs(logps, entropies, mean_logps, collisions)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder layers, in order: what is sharded, and recomputed, as a unit."""
-        body = causal_lm(self.lm).base_model
-        lists: list[Any] = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
-        largest: Any = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-        return list(largest)
+        return layers(causal_lm(self.lm).base_model)
+
+
+def body(lm: Any, batch: Batch) -> Tensor:
+    """[K, d]: what a transformers model's body makes of a batch, at its trained positions."""
+    answer = lm.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **attention.keywords(batch, lm.config._attn_implementation),
+    )
+    return answer.last_hidden_state.flatten(0, 1).index_select(0, batch.trained)
+
+
+def layers(module: nn.Module) -> Sequence[nn.Module]:
+    """The decoder layers of a transformers model's body, in order."""
+    lists: list[Any] = [each for each in module.modules() if isinstance(each, nn.ModuleList)]
+    largest: Any = max(lists, key=lambda each: sum(p.numel() for p in each.parameters()))
+    return list(largest)
 
 
 def causal_lm(lm: Any) -> Any:

@@ -113,14 +113,14 @@ def _fused(kind):
 def test_the_chunked_head_agrees_with_fused_ones(kind):
     hidden, weight, targets = _head()
     theirs = _fused(kind)(hidden, weight, targets).float()
-    logps, _, _ = token_logps(hidden, weight, targets, chunk=300)
+    logps, *_ = token_logps(hidden, weight, targets, chunk=300)
     torch.testing.assert_close(-logps, theirs.detach(), rtol=0, atol=0.03)
 
 
 def test_the_weights_gradient_is_summed_in_fp32():
     """64 chunks of bf16 against the product in fp32: one rounding at the end, 2^-9, not one per chunk."""
     hidden, weight, targets = _head()
-    logps, _, _ = token_logps(hidden, weight, targets, chunk=32)
+    logps, *_ = token_logps(hidden, weight, targets, chunk=32)
     (gradient,) = torch.autograd.grad(logps.sum(), weight)
     exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
     plain = torch.log_softmax(exact[0] @ exact[1].t(), 1).gather(1, targets[:, None]).sum()

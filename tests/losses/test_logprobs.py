@@ -1,5 +1,7 @@
 """The chunked head against a plain log_softmax, value by value and gradient by gradient."""
 
+import math
+
 import pytest
 import torch
 
@@ -37,11 +39,11 @@ def test_values_and_gradients_are_those_of_log_softmax(options, chunk):
     mix = torch.randn(3, K, dtype=torch.float64)
     ours = token_logps(hidden, weight, targets, bias=bias, chunk=chunk, entropies=True, means=True, **options)
     plain = _plain(hidden, weight, targets, bias, **options)
-    for a, b in zip(ours, plain, strict=True):
+    for a, b in zip(ours[:3], plain, strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     leaves = (hidden, weight, bias)
-    grads = torch.autograd.grad(sum((m * a).sum() for m, a in zip(mix, ours, strict=True)), leaves)
+    grads = torch.autograd.grad(sum((m * a).sum() for m, a in zip(mix, ours[:3], strict=True)), leaves)
     expected = torch.autograd.grad(sum((m * a).sum() for m, a in zip(mix, plain, strict=True)), leaves)
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -58,15 +60,41 @@ def test_gradcheck(wanted):
     assert torch.autograd.gradcheck(head, (hidden, weight, bias))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("beside", [False, True])
+def test_collisions_are_the_log_of_the_sum_of_squares_and_change_no_gradient(options, beside):
+    hidden, weight, targets, bias = _inputs()
+    wanted = {"bias": bias, "chunk": 3, "entropies": beside, "means": beside} | options
+    alone = token_logps(hidden, weight, targets, **wanted)
+    ours = token_logps(hidden, weight, targets, collisions=True, **wanted)
+    everyone = [_plain(hidden, weight, torch.full_like(targets, v), bias, **options)[0] for v in range(V)]
+    squares = torch.stack(everyone).exp().square().sum(0)
+    torch.testing.assert_close(ours.collisions, squares.log(), rtol=1e-12, atol=1e-12)
+    assert not ours.collisions.requires_grad
+    for a, b in zip(ours[:3], alone[:3], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    grads = [torch.autograd.grad(x.logps.sum(), (hidden, weight, bias)) for x in (ours, alone)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_collisions_of_a_sure_and_of_an_undecided_head():
+    """fp32, V = 2000: one token at probability 1 gives log 1 = 0, a uniform law log(1 / V)."""
+    sure = torch.zeros(1, 2000)
+    sure[0, 3] = 300.0
+    logits = torch.cat([sure, torch.zeros(1, 2000)])
+    found = token_logps(logits, torch.eye(2000), torch.tensor([3, 3]), collisions=True).collisions
+    torch.testing.assert_close(found, torch.tensor([0.0, -math.log(2000)]), rtol=1e-6, atol=1e-6)
+
+
 def test_answers_not_asked_for_are_none():
     hidden, weight, targets, _ = _inputs()
-    assert token_logps(hidden, weight, targets)[1:] == (None, None)
+    assert token_logps(hidden, weight, targets)[1:] == (None, None, None)
 
 
 def test_an_entropy_that_only_a_metric_reads_changes_no_gradient():
     hidden, weight, targets, _ = _inputs()
     alone = torch.autograd.grad(token_logps(hidden, weight, targets)[0].sum(), (hidden, weight))
-    logps, entropy, _ = token_logps(hidden, weight, targets, entropies=True)
+    logps, entropy, *_ = token_logps(hidden, weight, targets, entropies=True)
     entropy.detach()
     beside = torch.autograd.grad(logps.sum(), (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
@@ -83,7 +111,7 @@ def test_half_precision_keeps_statistics_and_weight_gradient_in_fp32():
     hidden = (torch.rand(4096, D) + 0.5).bfloat16().requires_grad_()
     weight = torch.randn(V, D).bfloat16().requires_grad_()
     targets = torch.zeros(4096, dtype=torch.int64)
-    logps, _, _ = token_logps(hidden, weight, targets, chunk=64)
+    logps, *_ = token_logps(hidden, weight, targets, chunk=64)
     assert logps.dtype == torch.float32
     plain = _plain(hidden.float(), weight.float(), targets)[0]
     assert (logps - plain).abs().max() < 2**-5
@@ -94,7 +122,7 @@ def test_half_precision_keeps_statistics_and_weight_gradient_in_fp32():
 
 def test_no_position_at_all_is_still_part_of_the_graph():
     hidden, weight, targets, bias = _inputs(torch.float32, rows=0)
-    logps, _, _ = token_logps(hidden, weight, targets, bias=bias)
+    logps, *_ = token_logps(hidden, weight, targets, bias=bias)
     assert logps.shape == (0,)
     logps.sum().backward()
     assert hidden.grad.shape == (0, D)
@@ -105,7 +133,7 @@ def test_no_position_at_all_is_still_part_of_the_graph():
 def test_a_frozen_weight_of_another_type_is_used_and_gets_no_gradient():
     hidden, weight, targets, _ = _inputs(torch.float32)
     frozen = weight.detach().bfloat16()
-    logps, _, _ = token_logps(hidden, frozen, targets)
+    logps, *_ = token_logps(hidden, frozen, targets)
     plain = _plain(hidden, frozen.float(), targets)[0]
     torch.testing.assert_close(logps, plain, rtol=1e-6, atol=1e-6)
     logps.sum().backward()
@@ -118,7 +146,7 @@ def test_weight_freed_after_forward_and_gathered_again_before_backward():
     tensor in the backward pass. Only a reference to the parameter itself survives that."""
     hidden, weight, targets, _ = _inputs()
     parameter = torch.nn.Parameter(weight.detach().clone())
-    logps, _, _ = token_logps(hidden, parameter, targets, chunk=2)
+    logps, *_ = token_logps(hidden, parameter, targets, chunk=2)
     kept = parameter.data
     parameter.data = torch.empty(0, dtype=kept.dtype)
     parameter.data = kept.clone()
@@ -133,7 +161,7 @@ def test_weight_whose_storage_is_resized_between_forward_and_backward():
     """What FSDP2 does: the same storage is resized to 0 and filled again, unseen by autograd."""
     hidden, weight, targets, _ = _inputs()
     parameter = torch.nn.Parameter(weight.detach().clone())
-    logps, _, _ = token_logps(hidden, parameter, targets, chunk=2)
+    logps, *_ = token_logps(hidden, parameter, targets, chunk=2)
     storage = parameter.untyped_storage()
     size = storage.size()
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):

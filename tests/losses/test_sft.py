@@ -38,7 +38,7 @@ def test_label_smoothing_through_the_head():
     case = GIVEN["label_smoothing"]
     logits = _tensor(case["logits"])
     eye = torch.eye(logits.shape[1], dtype=torch.float64)
-    logps, _, means = token_logps(logits, eye, torch.tensor(case["targets"]), means=True)
+    logps, _, means, _ = token_logps(logits, eye, torch.tensor(case["targets"]), means=True)
     weight = torch.ones(2, dtype=torch.float64)
     smooth = sft(logps, weight, means, label_smoothing=case["eps"])
     assert float(smooth.total()) / 2 == pytest.approx(EXPECTED["label_smoothed_loss"], rel=1e-12)

@@ -62,7 +62,7 @@ class Tiny(nn.Module):
             hidden = hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]  # the position before
             hidden = block(hidden)
         hidden = hidden.flatten(0, 1)[batch.trained]
-        logps, _, _ = token_logps(hidden, self.lm_head.weight, batch.targets, chunk=3)
+        logps, *_ = token_logps(hidden, self.lm_head.weight, batch.targets, chunk=3)
         return Outputs(logps)
 
 
