@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from rows import batch, segments
+from transformers import AutoModelForCausalLM
 
 from framework.models import adapters, load
 
@@ -50,7 +51,8 @@ def test_a_model_without_adapters_is_no_reference_of_itself(description):
 def test_temperature_divides_the_logits_and_answers_follow_it(description):
     policy = _policy(description)
     (row,) = segments((9,), description.vocab_size)
-    law = (policy.lm(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+    lm = AutoModelForCausalLM.from_pretrained(description.path)
+    law = (lm(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1)
     found = policy(batch([row]), needs=frozenset({"entropies", "mean_logps", "collisions"}), temperature=0.7)
     torch.testing.assert_close(found.logps, law.gather(1, row[1:, None])[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.entropies, -(law.exp() * law).sum(1), rtol=1e-5, atol=1e-5)
