@@ -1,31 +1,99 @@
 """Generation with a plain transformers model on one device. Knows no task, no reward and no trainer.
 
-Rows are sorted by length, padded on the left, and leave the batch as soon as they end, so that short
-answers never wait for long ones. What all prompts begin with (system prompt, instructions, examples)
-is read once and shared. Letters: B rows, T tokens.
+Answers are decoded in chunks of prompts of similar length (`decoding`). Chunks are cut from the whole list
+before ranks share them out, and every answer draws from its own numbers, so what comes out depends neither
+on the number of ranks nor on who else was asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from framework.keyed import key
+from framework.errors import ConfigError
+from framework.rollout import weights as filling
+from framework.rollout.base import Completion, Prompt, Sampling
+from framework.rollout.decoding import Answer, Decoder, prepare
+from framework.rollout.sampling import uniforms
 
 Messages = Sequence[Mapping[str, str]]  # one conversation: {"role": ..., "content": ...} in order
 
+ANSWERS_TOGETHER = 128
+"""Answers decoded at a time. SmolLM2-135M on one AMX core: larger batches gain nothing more."""
 
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote after one prompt."""
 
-    text: str  # special tokens removed
-    ids: tuple[int, ...]  # generated token ids, the end-of-turn token included when there is one
-    finished: bool  # ended by itself; False: stopped at `max_new_tokens`
+class HfRollout:
+    """A `Rollout` in the trainer's process: every rank holds a whole copy of the policy on its device.
+
+    `build` makes the transformers causal language model, its values meaning nothing yet; it is brought to
+    `dtype` (its buffers stay as they are) and filled by `update`. Answers end at the tokenizer's end token and
+    at those that its `generation_config` names. `world` is the ranks that answer together. `batch_size`
+    answers are decoded at a time on a rank: with N ranks, no more than an N-th of an iteration's answers, or
+    ranks will wait. `lora_scaling` is alpha / rank where the policy has adapters.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        tokenizer: Any,
+        world: Any,
+        *,
+        batch_size: int = ANSWERS_TOGETHER,
+        dtype: torch.dtype = torch.bfloat16,
+        lora_scaling: float | None = None,
+    ) -> None:
+        lm: Any = build().requires_grad_(False).eval()
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(world.device, dtype)
+        self.lm = lm.to(world.device)
+        prepare(self.lm)
+        self.tokenizer, self.world = tokenizer, world
+        self.batch_size, self.lora_scaling = batch_size, lora_scaling
+        self.version: int | None = None  # of the weights held
+
+    def update(self, weights: Iterator[tuple[str, Tensor]], *, version: int) -> None:
+        """Take `weights`. There is no cache to forget: none outlives a call of `generate`. Collective."""
+        filling.fill(self.lm, weights, lora_scaling=self.lora_scaling)
+        self.version = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """`sampling.samples` answers to each prompt, in order; the same on every rank. Collective.
+
+        Raises ConfigError where a prompt and its answer could outgrow the model.
+        """
+        assert self.version is not None, "update comes before generate"
+        self._check_room(prompts, sampling)
+        chunks = cut(prompts, sampling.samples, self.batch_size)
+        mine = chunks[self.world.rank :: self.world.size]
+        decoder = Decoder(self.lm, sorted(end_tokens(self.lm, self.tokenizer)), sampling, shared(prompts))
+        said = [_packed(a) for chunk in mine for a in _decode(decoder, prompts, chunk, sampling)]
+        by_rank = [iter(answers) for answers in self.world.gather(said)]
+        texts: list[list[Completion]] = [[] for _ in prompts]
+        for number, chunk in enumerate(chunks):
+            for index, _ in chunk:
+                ids, logps, finished = _unpacked(next(by_rank[number % self.world.size]))
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                texts[index].append(Completion(text, tuple(ids), finished, tuple(logps), self.version))
+        return texts
+
+    def close(self) -> None:
+        """Nothing runs besides this process."""
+
+    def _check_room(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        room = getattr(self.lm.config, "max_position_embeddings", None)
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        if room is not None and longest + sampling.max_new_tokens > room:
+            raise ConfigError(
+                f"a prompt has {longest} tokens and an answer may have {sampling.max_new_tokens}, but the model "
+                f"has {room} positions; type rollout.max_new_tokens={max(1, room - longest)} or less, or drop "
+                "longer prompts"
+            )
 
 
 def generate(
@@ -34,7 +102,7 @@ def generate(
     prompts: Sequence[Messages],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = ANSWERS_TOGETHER,
     temperature: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -65,30 +133,40 @@ def generate(
 def complete(
     model: Any,
     tokenizer: Any,
-    ids: Sequence[list[int]],
+    ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = ANSWERS_TOGETHER,
     temperature: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """`generate` for prompts that are token ids already, each of at least one."""
-    was_training = model.training
-    model.eval()
-    shared = _shared_prefix(ids)
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # the largest batch first
+    sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
+    prompts = [Prompt(tuple(row), index) for index, row in enumerate(ids)]
     done: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = _Decoding(model, tokenizer, [ids[i] for i in rows], shared)
-        generators = [_generator(model.device, seed, i) for i in rows] if temperature > 0 else None
-        for row, completion in batch.run(max_new_tokens, temperature, generators):
-            done[rows[row]] = completion
-            if on_progress is not None:
-                on_progress(len(done), len(ids))
-    model.train(was_training)
-    return [done[i] for i in range(len(ids))]
+    ended = 0
+
+    def count() -> None:
+        nonlocal ended
+        ended += 1
+        if on_progress is not None:
+            on_progress(ended, len(ids))
+
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of a peft model
+    was_training, attention = model.training, prepare(lm)
+    model.eval()
+    try:
+        decoder = Decoder(lm, sorted(end_tokens(model, tokenizer)), sampling, shared(prompts))
+        for chunk in cut(prompts, 1, batch_size):
+            answers = _decode(decoder, prompts, chunk, sampling, count)
+            for (index, _), answer in zip(chunk, answers, strict=True):
+                text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+                done[index] = Completion(text, tuple(answer.ids), answer.finished, tuple(answer.logps))
+    finally:
+        lm.set_attn_implementation(attention)
+        model.train(was_training)
+    return [done[index] for index in range(len(ids))]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -98,88 +176,58 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in [*named, tokenizer.eos_token_id] if i is not None)
 
 
-class _Decoding:
-    """One left-padded batch being decoded; rows leave it as they end."""
+def cut(prompts: Sequence[Prompt], samples: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Chunks of (place of the prompt in `prompts`, sample), each of at most `batch_size` answers.
 
-    def __init__(self, model: Any, tokenizer: Any, ids: list[list[int]], shared: int) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.ends = end_tokens(model, tokenizer)
-        device = model.device
-        self.cache = None
-        if shared:
-            prefix = torch.tensor([ids[0][:shared]], device=device)
-            self.cache = model(prefix, use_cache=True, logits_to_keep=1).past_key_values
-            self.cache.batch_repeat_interleave(len(ids))
-        width = max(len(row) for row in ids) - shared
-        padded = torch.zeros(len(ids), width, dtype=torch.long, device=device)  # [B, T]
-        mask = torch.ones(len(ids), shared + width, dtype=torch.long, device=device)
-        for b, row in enumerate(ids):
-            gap = width - (len(row) - shared)
-            padded[b, gap:] = torch.tensor(row[shared:], device=device)
-            mask[b, shared : shared + gap] = 0  # by position: the padding id may be a real token
-        self.inputs, self.mask = padded, mask
-
-    def run(self, max_new_tokens: int, temperature: float, generators: list[torch.Generator] | None) -> Any:
-        """Yields (row, completion) as rows end."""
-        alive = list(range(self.inputs.shape[0]))
-        written: list[list[int]] = [[] for _ in alive]
-        inputs = self.inputs
-        for new in range(max_new_tokens):
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            out = self.model(
-                inputs,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            self.cache = out.past_key_values
-            chosen = _choose(out.logits[:, -1].float(), temperature, generators, alive)  # [B]
-            keep = []
-            for b, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-                written[row].append(token)
-                if token in self.ends or new + 1 == max_new_tokens:
-                    yield row, self._completion(written[row])
-                else:
-                    keep.append(b)
-            if not keep:
-                return
-            if len(keep) < len(alive):
-                kept = torch.tensor(keep, device=inputs.device)
-                alive = [alive[b] for b in keep]
-                chosen, self.mask = chosen[kept], self.mask[kept]
-                self.cache.batch_select_indices(kept)
-            inputs = chosen[:, None]
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(alive), 1)], dim=1)
-
-    def _completion(self, written: list[int]) -> Completion:
-        return Completion(
-            text=self.tokenizer.decode(written, skip_special_tokens=True),
-            ids=tuple(written),
-            finished=written[-1] in self.ends,
-        )
-
-
-def _choose(
-    logits: Tensor, temperature: float, generators: list[torch.Generator] | None, alive: list[int]
-) -> Tensor:
-    """Next tokens [B] from fp32 logits [B, V]."""
-    if generators is None:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    drawn = [
-        torch.multinomial(p, 1, generator=generators[r]) for p, r in zip(probabilities, alive, strict=True)
+    Prompts of similar length together, the longest first, whole groups where they fit; chunks are as even
+    as can be. A group larger than a chunk is cut.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i))
+    if samples > batch_size:
+        spans = _even(samples, batch_size)
+        return [[(index, sample) for sample in span] for index in order for span in spans]
+    return [
+        [(order[place], sample) for place in span for sample in range(samples)]
+        for span in _even(len(order), batch_size // samples)
     ]
-    return torch.cat(drawn)
 
 
-def _generator(device: torch.device, seed: int, index: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(key(seed, "generate", index))
+def shared(prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with, leaving each at least one of its own."""
+    if not prompts:
+        return ()
+    shortest = min(len(prompt.ids) for prompt in prompts) - 1
+    first = prompts[0].ids
+    columns = zip(*(prompt.ids[:shortest] for prompt in prompts), strict=True)
+    return first[: next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest)]
 
 
-def _shared_prefix(ids: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, leaving each at least one of its own."""
-    shortest = min(len(row) for row in ids) - 1
-    first = ids[0]
-    return next((t for t in range(shortest) if any(row[t] != first[t] for row in ids)), shortest)
+def _even(count: int, most: int) -> list[range]:
+    """0 to count - 1 in the fewest runs of at most `most`, which differ in length by one at most."""
+    runs = -(-count // most)
+    return [range(count * r // runs, count * (r + 1) // runs) for r in range(runs)]
+
+
+def _decode(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    chunk: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    on_end: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """The answers of one chunk, in its order."""
+    numbers = torch.stack([uniforms(sampling, prompts[index].index, sample) for index, sample in chunk])
+    asked = [prompts[index].ids for index in dict(chunk)]
+    return decoder.run(asked, numbers, on_end)
+
+
+def _packed(answer: Answer) -> list[Any]:
+    """An answer as JSON, its log-probabilities bit for bit."""
+    numbers = np.array(answer.ids, "<i4"), np.array(answer.logps, "<f4")
+    return [*(base64.b64encode(n.tobytes()).decode() for n in numbers), answer.finished]
+
+
+def _unpacked(packed: Sequence[Any]) -> tuple[list[int], list[float], bool]:
+    ids, logps, finished = packed
+    read = base64.b64decode
+    return np.frombuffer(read(ids), "<i4").tolist(), np.frombuffer(read(logps), "<f4").tolist(), finished

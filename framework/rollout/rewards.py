@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.rollout.hf import Completion
+from framework.rollout.base import Completion
 
 Reward = Callable[[Sequence[Completion]], Tensor]
 """Completions in order -> [N] fp32."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from framework.rollout.hf import _shared_prefix, end_tokens, generate
+from framework.rollout.base import Prompt
+from framework.rollout.hf import end_tokens, generate
+from framework.rollout.hf import shared as common
 
 PROMPTS = [
     [{"role": "user", "content": text}]
@@ -137,4 +139,4 @@ def test_the_models_mode_is_left_as_it_was(loaded):
     ],
 )
 def test_the_shared_prefix_leaves_each_prompt_a_token(ids, shared):
-    assert _shared_prefix(ids) == shared
+    assert len(common([Prompt(tuple(row), 0) for row in ids])) == shared

@@ -1,6 +1,6 @@
 """Rewards pay for what is right and for nothing else."""
 
-from framework.rollout.hf import Completion
+from framework.rollout.base import Completion
 from framework.rollout.rewards import verified
 
 
