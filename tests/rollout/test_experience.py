@@ -122,9 +122,13 @@ def test_a_shared_prompt_stands_once_and_answers_keep_their_numbers():
     def shared(families):
         calls.extend(families)
         rows = [((*prompt, *answer), len(prompt)) for prompt, answers in families for answer in answers]
-        batch = packing().collate([(torch.tensor(ids).numpy(), torch.arange(len(ids)).numpy() >= n) for ids, n in rows])
+        batch = packing().collate(
+            [(torch.tensor(ids).numpy(), torch.arange(len(ids)).numpy() >= n) for ids, n in rows]
+        )
         order = torch.arange(len(batch.trained)).flip(0).argsort(stable=True)
-        first = torch.tensor([i == 0 or batch.segments[i] != batch.segments[i - 1] for i in range(len(order))])
+        first = torch.tensor(
+            [i == 0 or batch.segments[i] != batch.segments[i - 1] for i in range(len(order))]
+        )
         order = torch.cat([first.nonzero()[:, 0], (~first).nonzero()[:, 0]])
         from dataclasses import replace
 

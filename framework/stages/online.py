@@ -1,0 +1,338 @@
+"""What all reinforcement learning shares: a source of optimizer steps that needs the current weights.
+
+An iteration is a transaction: prompts, answers, rewards, the trainer's own log-probabilities, advantages,
+minibatches. Nothing is kept until it is whole, and everything in it is keyed by (seed, iteration, ...), so a
+run that was killed inside one repeats it. What is computed per answer token is shared with all ranks before
+it is used: statistics and the contents of minibatches cannot depend on their number.
+The algorithm comes in as a `Method`. Letters: N answers, Q answer tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from framework.batch import Outputs
+from framework.errors import ConfigError
+from framework.keyed import key
+from framework.losses.items import Objective
+from framework.rollout.base import Completion, Prompt, Rollout, Sampling
+from framework.rollout.experience import Averaging, Experience, Packing, minibatches, rollout_batches, spread
+from framework.stages import measures, sharing
+from framework.stages.base import Term
+from framework.stages.policy_objective import PolicyObjective
+from framework.stages.sft import Loader
+from framework.strategy.base import Engine
+
+Prompts = Callable[[int, int], Sequence[Prompt]]
+"""(start, stop) -> the prompts at these places of an endless stream; always the same ones."""
+
+
+class Judged(Protocol):
+    """What a reward says of N answers."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[N] fp64, NaN where judging failed."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+Reward = Callable[[Sequence[Prompt], Sequence[Completion]], Judged]
+"""The prompt of each answer, the answers -> what they are worth, alike on all ranks. Collective."""
+
+
+class Method(Protocol):
+    """What an algorithm makes of an iteration's answers, and how it learns from them."""
+
+    needs: frozenset[str]  # fields of `Outputs` to compute before training, besides logps and entropies
+    wants_reference: bool
+
+    def objective(self, iteration: int) -> PolicyObjective:
+        """What minibatches of this iteration are trained with; the same object as long as it is the same."""
+
+    def estimate(self, experience: Experience) -> tuple[Experience, Mapping[str, float]]:
+        """The same experience with scores shaped and advantages (and returns) known; metrics. Called
+        once an iteration, with everything in `experience` alike on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The size of an iteration and what is made of it."""
+
+    prompts: int  # prompts in an iteration
+    sequences: int  # answers in an optimizer step, over all ranks
+    epochs: int = 1  # times that every answer is trained on
+    averaging: Averaging = "token"
+    extra_prompts: int = (
+        0  # prompts drawn at most to replace those whose answers all scored alike; 0: keep them
+    )
+    mask_truncated: bool = False  # answers that did not end by themselves are judged but not trained on
+    stop_kl: float | None = None  # nats per token from the iteration's first policy that end its epochs
+    shown: int = 4  # answers in a "samples" report
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A second term beside every step: pretraining or supervised data (PPO-ptx)."""
+
+    loader: Loader
+    objective: Objective
+    scale: float
+
+
+class Online:
+    """A `Stage` that rolls out when its queue of minibatches is empty.
+
+    `engine` is the model in training and `rollout` its sampling copy; `reference` answers like an engine
+    for the start model, and is asked only when `method` wants it. `sampling.temperature` is applied to
+    every log-probability that the trainer computes. `decode` turns token ids into text for reports.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        method: Method,
+        plan: Plan,
+        *,
+        prompts: Prompts,
+        rollout: Rollout,
+        reward: Reward,
+        sampling: Sampling,
+        packing: Packing,
+        seed: int,
+        reference: Callable[..., Outputs] | None = None,
+        replay: Replay | None = None,
+        held_out: Mapping[str, Term] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        if sampling.temperature <= 0:
+            raise ConfigError(
+                f"rollout.temperature={sampling.temperature} always draws the same answer, and teaches "
+                "nothing; type a temperature above 0, such as 1.0"
+            )
+        if method.wants_reference and reference is None:
+            raise ConfigError("this stage compares with the start model, but has no reference model")
+        self.engine, self.method, self.plan = engine, method, plan
+        self.prompts, self.rollout, self.reward = prompts, rollout, reward
+        self.sampling, self.packing, self.seed = sampling, packing, seed
+        self.reference = reference if method.wants_reference else None
+        self.replay = replay
+        self.decode = decode
+        self.index = 0  # prompts consumed
+        self.iteration = 0  # iterations rolled out
+        self._held_out = dict(held_out or {})
+        self._experience: Experience | None = None
+        self._queue: deque[list[int]] = deque()
+        self._reports: list[tuple[str, Mapping[str, Any]]] = []
+        self._unchecked = False  # whether a step was taken whose distance was not looked at yet
+
+    # ----- the stage
+
+    def next(self, step: int) -> Sequence[Term]:
+        """The next minibatch as a term; rolls out first when there is none left. Collective."""
+        if self.resting:
+            self._iterate(step)
+        assert self._experience is not None
+        chosen = self._queue.popleft()
+        micros = rollout_batches(
+            self._experience,
+            chosen,
+            self.packing,
+            averaging=self.plan.averaging,
+            longest=self.sampling.max_new_tokens,
+        )
+        self._unchecked = True
+        objective = self.method.objective(self.iteration - 1)
+        terms = [Term(objective, micros, stats=self._stats(chosen, len(micros)))]
+        if self.replay is not None:
+            taken = self.replay.loader.next()
+            stats = {f"replay_{k}": taken.stats[k] for k in ("tokens", "trained_tokens") if k in taken.stats}
+            terms.append(Term(self.replay.objective, taken.micros, self.replay.scale, stats))
+        return terms
+
+    @property
+    def resting(self) -> bool:
+        """Whether no minibatch is left. Collective where `stop_kl` is set: it may end the epochs here."""
+        if self._queue and self._unchecked and self.plan.stop_kl is not None:
+            self._unchecked = False
+            kl = self.method.objective(self.iteration - 1).distance(self.engine.world)
+            if kl > self.plan.stop_kl:
+                self._reports.append(
+                    ("event", {"message": _stopped(kl, self.plan.stop_kl, len(self._queue))})
+                )
+                self._queue.clear()
+        return not self._queue
+
+    def reports(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """What happened in rollouts since the last call."""
+        waiting, self._reports = self._reports, []
+        return waiting
+
+    def held_out(self) -> Mapping[str, Term]:
+        """Terms to evaluate without gradients."""
+        return self._held_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the method's numbers; whole only while `resting`."""
+        state = {"index": self.index, "iteration": self.iteration, "method": self.method.state_dict()}
+        return state if self.replay is None else state | {"replay": self.replay.loader.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the next iteration."""
+        self.index, self.iteration = int(state["index"]), int(state["iteration"])
+        self.method.load_state_dict(state["method"])
+        if self.replay is not None:
+            self.replay.loader.load_state_dict(state["replay"])
+        self._experience = None
+        self._queue.clear()
+        self._unchecked = False
+
+    # ----- an iteration
+
+    def _iterate(self, step: int) -> None:
+        """Roll out and fill the queue."""
+        clock = _Clock()
+        self.rollout.update(self.engine.weights(), version=step)
+        clock.lap("update")
+        experience, stop, metrics = self._answers(clock)
+        experience = self._known(experience)
+        clock.lap("forward")
+        metrics |= measures.of_rollout(experience)
+        experience, estimated = self.method.estimate(experience)
+        metrics |= {**estimated, **measures.of_advantages(experience)}
+        slowest = self.engine.world.max(list(clock.seconds.values()))
+        metrics |= {f"seconds/{name}": s for name, s in zip(clock.seconds, slowest, strict=True)}
+        metrics |= {"iteration": self.iteration, "data_index": stop, "step": step}
+        for epoch in range(self.plan.epochs):
+            order = torch.Generator().manual_seed(key(self.seed, "minibatches", self.iteration, epoch))
+            self._queue.extend(minibatches(experience, sequences=self.plan.sequences, order=order))
+        self._experience = experience
+        self._reports.append(("rollout", metrics))
+        if self.plan.shown:
+            self._reports.append(
+                ("samples", {"rows": measures.rows(experience, self.plan.shown, self.decode)})
+            )
+        self.index = stop
+        self.iteration += 1
+        self._unchecked = False
+        self.method.objective(self.iteration - 1).forget()
+
+    def _answers(self, clock: _Clock) -> tuple[Experience, int, dict[str, float]]:
+        """Judged answers to this iteration's prompts, the stream's place after them, metrics.
+
+        With `extra_prompts`, groups without spread are replaced by further prompts while there are any;
+        when not one group is left, the first ones stay: they teach nothing, but a run goes on.
+        """
+        groups: list[tuple[Prompt, list[Completion], Tensor]] = []
+        first: list[tuple[Prompt, list[Completion], Tensor]] = []
+        judged: list[Mapping[str, float]] = []
+        start, drawn, flat_groups = self.index, 0, 0
+        most = self.plan.prompts + self.plan.extra_prompts
+        while len(groups) < self.plan.prompts and drawn < most:
+            count = min(self.plan.prompts - len(groups), most - drawn)
+            prompts = list(self.prompts(start + drawn, start + drawn + count))
+            drawn += count
+            answers = self.rollout.generate(prompts, self.sampling)
+            clock.lap("generate")
+            rewards, metrics = self._judge(prompts, answers)
+            clock.lap("reward")
+            judged.append(metrics)
+            varied = spread(rewards.flatten(), _numbers(answers)).tolist()
+            flat_groups += len(varied) - sum(varied)
+            found = list(zip(prompts, answers, rewards, strict=True))
+            first = first or found
+            groups += [
+                group
+                for group, keep in zip(found, varied, strict=True)
+                if keep or not self.plan.extra_prompts
+            ]
+        groups = groups or first
+        prompts = [prompt for prompt, _, _ in groups]
+        experience = Experience.of(prompts, [a for _, a, _ in groups], torch.cat([r for _, _, r in groups]))
+        if self.plan.mask_truncated:
+            experience = replace(experience, counted=experience.counted & experience.finished)
+        metrics = {name: sum(m[name] for m in judged) / len(judged) for name in judged[0]}
+        metrics |= {"prompts_drawn": drawn, "groups_without_spread_share": flat_groups / drawn}
+        return experience, start + drawn, metrics
+
+    def _judge(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """[groups, G] fp64 rewards and the reward's own metrics."""
+        each = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
+        judged = self.reward(each, [completion for group in answers for completion in group])
+        return judged.scores.double().reshape(len(answers), -1), judged.metrics
+
+    def _known(self, experience: Experience) -> Experience:
+        """With what the trainer and the reference say of the answers before the first update."""
+        needs = self.method.needs | {"entropies"}
+        temperature = {"temperature": self.sampling.temperature}
+
+        def ours(batch: Any) -> dict[str, Tensor]:
+            outputs = self.engine(batch, needs=needs, **temperature)
+            return {name: getattr(outputs, name) for name in ["logps", *sorted(needs)]}
+
+        with self.engine.inference():
+            answered = sharing.over_tokens(self.engine.world, experience, self.packing, ours)
+            experience = replace(
+                experience,
+                old_logps=answered["logps"],
+                entropies=answered["entropies"],
+                old_values=answered.get("values"),
+            )
+            if self.reference is None:
+                return experience
+            ask = self.reference
+            theirs = sharing.over_tokens(
+                self.engine.world, experience, self.packing, lambda b: {"logps": ask(b, **temperature).logps}
+            )
+        return replace(experience, reference_logps=theirs["logps"])
+
+    def _stats(self, chosen: Sequence[int], micros: int) -> dict[str, float]:
+        """Facts of a step, alike on all ranks."""
+        experience = self._experience
+        assert experience is not None
+        counted = experience.counted & (experience.lengths > 0)
+        return {
+            "tokens": float(sum(experience.total(s) for s in chosen)),
+            "trained_tokens": float(sum(int(experience.lengths[s]) for s in chosen if counted[s])),
+            "sequences": float(len(chosen)),
+            "micros": float(micros),
+            "data_index": float(self.index),
+        }
+
+
+class _Clock:
+    """Seconds of each phase of an iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _numbers(answers: Sequence[Sequence[Completion]]) -> Tensor:
+    """[N] the group of each answer."""
+    return torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(g) for g in answers]))
+
+
+def _stopped(kl: float, limit: float, left: int) -> str:
+    return (
+        f"epochs ended early: KL to the iteration's first policy {kl:.4f} > {limit}, {left} minibatches left"
+    )
