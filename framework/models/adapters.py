@@ -31,12 +31,13 @@ class Lora:
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
 
-    def peft_config(self) -> Any:
-        """The same in peft's words."""
+    def peft_config(self, *, excluded: Sequence[str] | None = None) -> Any:
+        """The same in peft's words; with modules `excluded` it is no language model's any more."""
         from peft import LoraConfig, TaskType
 
         return LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=None if excluded else TaskType.CAUSAL_LM,
+            exclude_modules=list(excluded) if excluded else None,
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
             lora_dropout=self.dropout,
@@ -49,15 +50,16 @@ def of(adapter: Lora | Mapping[str, Any] | None) -> Lora | None:
     return Lora(**adapter) if isinstance(adapter, Mapping) else adapter
 
 
-def attach(lm: nn.Module, adapter: Lora) -> nn.Module:
+def attach(lm: nn.Module, adapter: Lora, *, excluded: Sequence[str] | None = None) -> nn.Module:
     """The peft model around `lm`, in which adapters alone are trained, in the type of their layer.
 
-    Raises ModelError when no module has a name in `targets`.
+    Modules named in `excluded` (a head that scores) get none. Raises ModelError when no module has a name
+    in `targets`.
     """
     from peft import get_peft_model
 
     try:
-        return get_peft_model(lm, adapter.peft_config(), autocast_adapter_dtype=False)
+        return get_peft_model(lm, adapter.peft_config(excluded=excluded), autocast_adapter_dtype=False)
     except ValueError as error:
         linear = {n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
         raise ModelError(

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from framework.errors import ConfigError, SapwoodError
 from framework.models import adapters, load
 from framework.models.load import Adapter, Description
+from framework.models.policy import causal_lm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_TOKENS = 16
@@ -49,14 +49,16 @@ def export(
 
     Without an adapter, or with `merge`: a model with configuration, tokenizer, chat template and generation
     settings, in `dtype` (fp32, bf16, fp16; None: bf16, or fp32 where the model came in fp32). Else the
-    adapter alone, in peft's format, in fp32 or `dtype`. Merging adds in fp32 and rounds once. Rank 0 holds
-    one whole model in memory, in fp32 for a merge.
+    adapter alone, in peft's format, in fp32 or `dtype`. Merging adds in fp32 and rounds once; a model that
+    scores is always merged, since an adapter alone would lack its head. Rank 0 holds one whole model in
+    memory, in fp32 for a merge.
 
     Raises ConfigError before any tensor is asked for, ExportError when the proof fails.
     """
     lora = adapters.of(adapter)
     if merge and lora is None:
         raise ConfigError("nothing to merge: the model was trained without an adapter; leave out --merge")
+    merge = merge or (lora is not None and description.head == "score")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype} is unknown; type one of {', '.join(DTYPES)}")
     if rank != 0:
@@ -86,7 +88,7 @@ def export(
             else:
                 _write_model(lm, draft, description)
                 del lm
-                again = AutoModelForCausalLM.from_pretrained(
+                again = load.HEADS[description.head].from_pretrained(
                     draft, dtype="auto", attn_implementation="eager", trust_remote_code=False
                 )
                 _same(_answers(again), expected, directory, "the model", TOLERANCE)
@@ -120,13 +122,30 @@ def _filled(
     if waiting:
         raise ValueError(f"{len(waiting)} parameters were not handed in, such as {min(waiting)}")
     lm = policy.lm.eval()
-    lm.generation_config = load.generation_config(description)
+    if description.head == "lm":
+        lm.generation_config = load.generation_config(description)
     return lm, types
 
 
 def _write_model(lm: Any, draft: Path, description: Description) -> None:
+    words = description.tokenizer
+    if description.head == "score":
+        words = copy.deepcopy(words)
+        words.pad_token = padding(words)
+        lm.config.pad_token_id = words.pad_token_id
     lm.save_pretrained(draft)
-    description.tokenizer.save_pretrained(draft)
+    words.save_pretrained(draft)
+
+
+def padding(words: Any) -> str | None:
+    """The token of a tokenizer that fills rows before a reward model: transformers scores the last other one.
+
+    A token that may end an answer will not do, since the token before it would be scored. None if nothing
+    is left; transformers then refuses batches instead of scoring them wrong.
+    """
+    added = [str(token) for token in words.added_tokens_decoder.values() if "pad" in str(token).lower()]
+    taken = (None, words.eos_token, words.bos_token)
+    return next((token for token in (words.pad_token, words.unk_token, *added) if token not in taken), None)
 
 
 def _write_adapter(lm: Any, draft: Path, description: Description, dtype: torch.dtype) -> None:
@@ -137,18 +156,23 @@ def _write_adapter(lm: Any, draft: Path, description: Description, dtype: torch.
 
 @torch.no_grad()
 def _answers(lm: Any) -> Tensor:
-    """[1, PROBE_TOKENS, V] fp32 logits of a fixed row of tokens, in evaluation mode."""
+    """[1, PROBE_TOKENS, ...] fp32 of a fixed row of tokens, in evaluation mode: logits, or what a model that
+    scores makes of every token, and the score beside it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.get_text_config(decoder=True).vocab_size
     row = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
-    return lm.eval()(input_ids=row, use_cache=False).logits.float()
+    plain = causal_lm(lm.eval())
+    if hasattr(plain, "score"):
+        hidden = plain.base_model(input_ids=row, use_cache=False).last_hidden_state
+        return torch.cat([hidden, plain.score(hidden)], dim=-1).float()
+    return lm(input_ids=row, use_cache=False).logits.float()
 
 
 def _same(found: Tensor, expected: Tensor, directory: Path, what: str, tolerance: float) -> None:
     off = ((found - expected).abs().max() / expected.abs().max()).item()
     if not off <= tolerance:
         raise ExportError(
-            f"{directory} was not written: {what} answers otherwise than the trained weights (logits off by "
+            f"{directory} was not written: {what} answers otherwise than the trained weights (off by "
             f"{off:.2g} of the largest, expected at most {tolerance:.0e})"
         )
 

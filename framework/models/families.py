@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from framework.batch import Batch
 from framework.errors import ModelError
@@ -38,8 +41,11 @@ ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 ROUNDING_HALF = 0.05
 
 
-def check(config: Any) -> None:
-    """Raises ModelError for a model that our forward pass cannot reproduce, from its configuration alone."""
+def check(config: Any, *, head: str = "lm") -> None:
+    """Raises ModelError for a model that our forward pass cannot reproduce, from its configuration alone.
+
+    With `head` "score" also for one that transformers could not load with such a head.
+    """
     kind = config.model_type
     text = config.get_text_config(decoder=True)
     layers = set(getattr(text, "layer_types", None) or LAYERS)
@@ -61,31 +67,42 @@ def check(config: Any) -> None:
             f"model type {kind} is not supported: {reason}. Set model.path to a decoder such as Llama, Qwen, "
             "Mistral, Gemma, Phi, Granite or OLMo"
         )
+    if head == "score" and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        known = VERIFIED & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+        raise ModelError(
+            f"model type {kind} cannot be a reward model or a critic: transformers has no sequence "
+            f"classification of this type, so nobody could load it. Use one of {', '.join(sorted(known))}"
+        )
 
 
 @torch.no_grad()
-def prove(policy: Any, lm: Any) -> None:
-    """Compare `policy` on a packed row with `lm`'s own forward pass, example by example.
+def prove(model: Any, lm: Any) -> None:
+    """Compare `model` on a packed row with `lm`'s own forward pass, example by example.
 
-    `lm` is the transformers model that `policy` wraps, with its weights. Raises ModelError.
+    `lm` is the transformers model that the `Policy` or `Scorer` wraps, with its weights. Raises ModelError.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.config.vocab_size, (sum(TRIAL),), generator=generator)
-    ours = policy(_packed(ids)).logps
+    ours = model(_packed(ids))[0]  # [K]
     own = lm.config._attn_implementation
     lm.set_attn_implementation("eager")
-    answers = []
-    for row in ids.split(TRIAL):
-        logits = lm(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-        answers.append(logits.log_softmax(-1).gather(1, row[1:, None])[:, 0])
+    off = (ours - torch.cat([_own(lm, row) for row in ids.split(TRIAL)])).abs().mean().item()
     lm.set_attn_implementation(own)
-    off = (ours - torch.cat(answers)).abs().mean().item()
     if not off <= ROUNDING.get(lm.dtype, ROUNDING_HALF):
         raise ModelError(
             f"model type {lm.config.model_type} is not supported: on packed examples our forward pass is "
-            f"off by {off:.3g} nats a token from its own. Set model.path to a model of a verified family: "
+            f"off by {off:.3g} a token from its own. Set model.path to a model of a verified family: "
             f"{', '.join(sorted(VERIFIED))}"
         )
+
+
+def _own(lm: Any, row: torch.Tensor) -> torch.Tensor:
+    """What `lm` itself answers at every token of a row [T] but the last: scores, or log-probabilities."""
+    if hasattr(lm, "score"):
+        hidden = lm.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+        return lm.score(hidden)[:, 0].float()
+    logits = lm(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, row[1:, None])[:, 0]
 
 
 def _packed(ids: torch.Tensor) -> Batch:

@@ -14,25 +14,34 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from framework.errors import ModelError
 from framework.keyed import key
 from framework.models import adapters, attention, families, source
 from framework.models.adapters import Lora
-from framework.models.policy import Policy
+from framework.models.policy import Policy, causal_lm
+from framework.models.scorer import Scorer
 from framework.models.source import Source
 from framework.strategy.base import Build, Weights
 
 Adapter = Lora | Mapping[str, Any] | None
-PREFIX = "lm."  # of every parameter of a `Policy`
+PREFIX = "lm."  # of every parameter of a `Policy` and of a `Scorer`
+HEADS = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
+SCORE = "score.weight"  # the head of a `Scorer`, [1, d]
 WIDEST = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,6 +66,8 @@ class Description:
     pad_id: int  # fills padded rows; masks go by position, so any id would do
     parameters: int  # tied ones once
     fingerprint: str  # of configuration, tokenizer and weights
+    head: str = "lm"  # lm: log-probabilities (`Policy`); score: one number (`Scorer`)
+    scored: bool = False  # the files hold a head that scores; False: it is made new
 
     @property
     def vocab_size(self) -> int:
@@ -70,21 +81,33 @@ class Description:
 
 
 def inspect(
-    path: str, *, revision: str | None = None, gguf_file: str | None = None, init: str = "pretrained"
+    path: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    init: str = "pretrained",
+    head: str = "lm",
 ) -> Description:
-    """Look at the model that `model.path` names. Raises ModelError for what cannot be trained."""
+    """Look at the model that `model.path` names. Raises ModelError for what cannot be trained.
+
+    `head` is "lm", or "score" for a body with one number on top, whose head is new unless the directory is
+    itself one of sequence classification.
+    """
     with quiet():
         found = source.find(path, revision=revision, gguf_file=gguf_file)
         config = source.configuration(found)
-        families.check(config)
+        families.check(config, head=head)
+        scored = _scores(path, config, head) and init != "random"
         tokenizer = _tokenizer(found, config)
-        lm = _structure(config, "eager", torch.device("meta"))
+        lm = _structure(config, "eager", torch.device("meta"), head=head)
     names = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
     state = sorted(set(lm.state_dict()) - names)
+    if head == "score":
+        state += sorted(name for name in names if not name.startswith((f"{lm.base_model_prefix}.", SCORE)))
     if state:
         raise ModelError(
-            f"model type {config.model_type} is not supported: it keeps state that is not a parameter "
-            f"({state[0]})"
+            f"model type {config.model_type} is not supported: it keeps state that is not a parameter of its "
+            f"layers ({state[0]})"
         )
     weights = "random" if init == "random" else found.fingerprint()
     parts = [json.dumps(config.to_dict(), sort_keys=True, default=str), _vocabulary(tokenizer), weights]
@@ -97,6 +120,8 @@ def inspect(
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         parameters=sum(parameter.numel() for parameter in lm.parameters()),
         fingerprint=hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest(),
+        head=head,
+        scored=scored,
     )
 
 
@@ -109,38 +134,43 @@ def attention_for(description: Description, name: str, device: torch.device, *, 
 def builder(
     description: Description, *, attention: str, head_chunk_tokens: int, adapter: Adapter = None
 ) -> Build:
-    """Makes the structure of the `Policy`, in fp32, with values that mean nothing yet.
+    """Makes the structure of the `Policy` or `Scorer`, in fp32, with values that mean nothing yet.
 
     `attention` is a name from `attention_for`. Buffers (rotary tables) are real even where the strategy
-    lets parameters be born on the meta device. With an adapter only its parameters ask for gradients.
+    lets parameters be born on the meta device. With an adapter only its parameters ask for gradients,
+    and the head's where it is one that scores.
     """
     lora = adapters.of(adapter)
 
     def build() -> nn.Module:
         with quiet():
-            lm = _structure(description.config, attention)
-            lm = adapters.attach(lm, lora) if lora else lm
-        return Policy(lm, head_chunk_tokens=head_chunk_tokens)
+            lm = _structure(description.config, attention, head=description.head)
+            lm = _adapted(lm, lora, description.head)
+        return Scorer(lm) if description.head == "score" else Policy(lm, head_chunk_tokens=head_chunk_tokens)
 
     return build
 
 
-def reader(description: Description, *, adapter: Adapter = None, seed: int = 0) -> Weights:
+def reader(
+    description: Description, *, adapter: Adapter = None, seed: int = 0, zero_head: bool = False
+) -> Weights:
     """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
 
-    Pretrained weights keep the type they are stored in (fp32 for GGUF). New ones, `init=random` and
-    adapters, are fp32 and pure functions of `seed`. Call the result on one rank: it holds the model.
-    Raises ModelError where the files lack a parameter.
+    Pretrained weights keep the type they are stored in (fp32 for GGUF). New ones, `init=random`, adapters
+    and scoring heads, are fp32 and pure functions of `seed`; with `zero_head` a new scoring head is zero,
+    as a critic's should be. Call the result on one rank: it holds the model. Raises ModelError where the
+    files lack a parameter.
     """
     lora = adapters.of(adapter)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         with quiet():
-            lm = load(description, seed=seed)
-            lm = adapters.attach(lm, lora) if lora else lm
+            lm = _adapted(load(description, seed=seed), lora, description.head)
         for name, parameter in lm.named_parameters():
             if lora and adapters.is_adapter(name):
                 yield PREFIX + name, adapters.initial(name, parameter.shape, seed)
+            elif zero_head and not description.scored and name.endswith(SCORE):
+                yield PREFIX + name, torch.zeros_like(parameter, requires_grad=False)
             else:
                 yield PREFIX + name, parameter.detach()
 
@@ -148,7 +178,12 @@ def reader(description: Description, *, adapter: Adapter = None, seed: int = 0) 
 
 
 def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model on the CPU, with its weights, in `dtype` or the type they are stored in."""
+    """The transformers model on the CPU, with its weights, in `dtype` or the type they are stored in.
+
+    A new scoring head is drawn from N(0, 1 / (d + 1)) (Stiennon et al. 2020, arXiv 2009.01325), in fp32.
+    """
+    if description.head == "score" and not description.scored:
+        return _with_head(load(replace(description, head="lm"), seed=seed, dtype=dtype), description, seed)
     if description.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "init"))
@@ -156,7 +191,7 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
     found = description.source
     files = found.weight_files()
     stored = torch.float32 if found.gguf_file else _stored_dtype(files)
-    answer: Any = AutoModelForCausalLM.from_pretrained(
+    answer: Any = HEADS[description.head].from_pretrained(
         found.directory,
         config=None if found.gguf_file else copy.deepcopy(description.config),
         gguf_file=found.gguf_file,
@@ -176,7 +211,7 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
         )
     if found.gguf_file:
         undo_quantisation(lm)
-    expected = _structure(description.config, "eager", torch.device("meta"))
+    expected = _structure(description.config, "eager", torch.device("meta"), head=description.head)
     ours, theirs = ([name for name, _ in model.named_parameters()] for model in (expected, lm))
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))
@@ -186,7 +221,7 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
     if description.config.model_type not in families.VERIFIED:
         attention.register()
         lm.set_attn_implementation(attention.OURS["auto"])
-        families.prove(Policy(lm, head_chunk_tokens=16), lm)
+        families.prove(Scorer(lm) if description.head == "score" else Policy(lm, head_chunk_tokens=16), lm)
     return lm.eval()
 
 
@@ -215,16 +250,60 @@ def generation_config(description: Description) -> GenerationConfig:
     )
 
 
-def _structure(config: PretrainedConfig, implementation: str, device: torch.device | None = None) -> Any:
+def _structure(
+    config: PretrainedConfig, implementation: str, device: torch.device | None = None, *, head: str = "lm"
+) -> Any:
     """An unfilled fp32 model; its configuration is a copy."""
     attention.register()
     with device or contextlib.nullcontext():
-        return AutoModelForCausalLM.from_config(
+        return HEADS[head].from_config(
             copy.deepcopy(config),
             attn_implementation=implementation,
             dtype=torch.float32,
             trust_remote_code=False,
         )
+
+
+def _scores(path: str, config: PretrainedConfig, head: str) -> bool:
+    """Whether the files at `path` hold a scoring head; makes `config` one of a single label where asked.
+
+    Raises ModelError where the head that is there is not the one that is wanted.
+    """
+    saved = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if saved and head == "lm":
+        raise ModelError(
+            f"{path} holds a reward model ({saved[0]}), which has no head for tokens; expected a causal "
+            "language model, such as the one it was trained from"
+        )
+    if saved and config.num_labels != 1:
+        raise ModelError(
+            f"{path} holds a classifier with {config.num_labels} labels; expected a reward model, which has "
+            "1, or a causal language model, which gets a new head"
+        )
+    if head == "score":
+        config.num_labels = 1
+    return bool(saved)
+
+
+def _with_head(lm: Any, description: Description, seed: int) -> Any:
+    """The scorer that has the body of `lm` and a new head."""
+    scorer = _structure(description.config, "eager", torch.device("meta"), head="score")
+    setattr(scorer, scorer.base_model_prefix, lm.base_model)
+    generator = torch.Generator().manual_seed(key(seed, "score"))
+    width = scorer.score.weight.shape[1]  # d
+    drawn = torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+    scorer.score.weight = nn.Parameter(drawn)
+    return scorer.eval()
+
+
+def _adapted(lm: Any, lora: Lora | None, head: str) -> Any:
+    """`lm` with adapters, if any; a head that scores is trained beside them."""
+    if lora is None:
+        return lm
+    lm = adapters.attach(lm, lora, excluded=["score"] if head == "score" else None)
+    if head == "score":
+        causal_lm(lm).score.weight.requires_grad_(True)
+    return lm
 
 
 def _tokenizer(found: Source, config: PretrainedConfig) -> Any:
