@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from framework.data.records import Message, Record, RowError
+from framework.data.fields import RowError
+from framework.data.records import Message, Record
 from framework.data.templates import CHOICES
 from framework.errors import ModelError
 
@@ -34,6 +35,11 @@ class Encoded:
     input_ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool, the tokens that are learnt
     truncated: bool
+
+    def columns(self) -> dict[str, Any]:
+        """What a table keeps of it."""
+        lengths, counts = [len(self.input_ids)], [int(self.trained.sum())]
+        return {"tokens": self.input_ids, "trained": self.trained, "lengths": lengths, "counts": counts}
 
 
 class Encoder:

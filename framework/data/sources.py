@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from framework.data.records import RowError
+from framework.data.fields import RowError
 from framework.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -28,7 +28,7 @@ class Source:
     """One entry of `data.train`, `data.eval` or `replay.sources`."""
 
     path: str  # a file, a glob, a directory, or a hub id `owner/name[:subset]`
-    format: str = "auto"  # a key of records.FORMATS, or auto
+    format: str = "auto"  # a key of formats.FIELDS, or auto
     weight: float | None = None  # share of rows among the sources of its list; None: by number of rows
     name: str | None = None  # in metrics; None: from the path
     split: str = "train"  # of a `datasets` directory or hub id

@@ -5,7 +5,12 @@ import json
 
 import pytest
 
-from framework.data.records import FORMATS, RowError, detect, parse
+from framework.data import formats
+from framework.data.records import FORMATS, RowError, parse
+
+
+def detect(rows):
+    return formats.detect(rows, FORMATS)
 
 
 def turns(record):

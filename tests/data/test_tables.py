@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from framework.data import cache, tables
+from framework.data import cache, tables, tokenise
 from framework.data.sources import Source
 from framework.errors import DataError
 
@@ -109,9 +109,9 @@ def test_names_are_given_or_from_the_path_and_unique(tokenizer, tmp_path, write)
 
 def test_workers_do_not_change_the_result(tokenizer, tmp_path, write, monkeypatch):
     """More rows than are tokenised before helpers start."""
-    monkeypatch.setattr(tables, "INLINE_CHUNKS", 2)
-    monkeypatch.setattr(tables, "CHUNK", 8)
-    n = tables.CHUNK * 20 + 7
+    monkeypatch.setattr(tokenise, "INLINE_CHUNKS", 2)
+    monkeypatch.setattr(tokenise, "CHUNK", 8)
+    n = tokenise.CHUNK * 20 + 7
     path = write("mine.jsonl", [*rows(n), talk("", "bad")])
     [one] = prepare(tokenizer, tmp_path, path, on_bad_row="drop")
     [two] = prepare(tokenizer, tmp_path, path, on_bad_row="drop", workers=2, cache_dir=tmp_path / "other")
@@ -127,8 +127,8 @@ def test_the_cache_is_used_again_and_depends_on_everything_that_decides(
     path = write("mine.jsonl", rows(3))
     [first] = prepare(tokenizer, tmp_path, path)
     built = []
-    build = tables._build
-    monkeypatch.setattr(tables, "_build", lambda *args: built.append(1) or build(*args))
+    build = tokenise._build
+    monkeypatch.setattr(tokenise, "_build", lambda *args: built.append(1) or build(*args))
     tokenizer("used with other settings in between", truncation=True, max_length=4)
     [again] = prepare(tokenizer, tmp_path, path, workers=2)
     assert built == []
@@ -238,4 +238,4 @@ def test_progress_is_told(tokenizer, tmp_path, write):
         write("mine.jsonl", rows(300)),
         progress=lambda name, rows: told.append((name, rows)),
     )
-    assert told == [("mine", tables.CHUNK), ("mine", 300)]
+    assert told == [("mine", tokenise.CHUNK), ("mine", 300)]
