@@ -1,4 +1,4 @@
-"""Losses of supervised fine-tuning: one number per trained token. Letters: K trained tokens.
+"""Losses of supervised fine-tuning: one number per trained token. Letters: K trained tokens, N pairs.
 
 Averages are not made here: the trainer divides by the number of trained tokens of the whole step.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from framework.losses.answers import Answers
+from framework.losses.guard import counted, require
+from framework.losses.inputs import optional
 from framework.losses.items import Items
 
 
+@optional(mean_logps=lambda settings: settings["label_smoothing"] != 0)
 def sft(
     logps: Tensor, weight: Tensor, mean_logps: Tensor | None = None, *, label_smoothing: float = 0.0
 ) -> Items:
@@ -20,8 +24,7 @@ def sft(
     uniform prior). e = 0 is maximum likelihood. The metric `nll` is the unsmoothed loss in nats.
     Raises ValueError for e outside its range, or above 0 without `mean_logps`.
     """
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1)")
+    require("label_smoothing", label_smoothing, least=0, below=1)
     nll = -logps
     if label_smoothing == 0.0:
         return Items(nll, weight)
@@ -39,4 +42,15 @@ def dft(logps: Tensor, weight: Tensor) -> Items:
     so that p_t of a hard token does not vanish as it would in bf16; weight [K], 0 = not counted.
     The metric `nll` is the plain cross-entropy in nats.
     """
+    (logps,) = counted(weight, logps)
     return Items(-logps.detach().exp() * logps, weight, {"nll": -logps.detach()})
+
+
+def chosen_sft(policy: Answers, weight: Tensor, tokens_per_pair: float) -> Items:
+    """-log pi(chosen) / n: supervised fine-tuning on the chosen answers of N pairs, as one term of a mixture.
+
+    policy.chosen [N] nats; n = `tokens_per_pair` is the mean number of trained tokens of a chosen answer
+    over the whole optimizer step, so that the mean over pairs is the mean over tokens; weight [N], 0 = not
+    counted.
+    """
+    return Items(-policy.chosen / tokens_per_pair, weight)
