@@ -68,6 +68,10 @@ class PairBatch(Batch):
     pair_weights: Tensor  # [N] fp32, 0 = not counted; 1, or 1 / C(k, 2) in a ranking of k answers
     margins: Tensor  # [N] fp32, by how much the chosen one should win; 0 where the data says nothing
     reference_logps: Tensor | None = None  # [K] fp32 nats, the reference's answer to `targets`
+    matched: Tensor | None = None  # [N] fp32 nats, the reference's difference of the same rank in the step
+    matched_chosen: Tensor | None = None  # [N] fp32 nats, the chosen log-ratio of the rejected one's rank
+    matched_rejected: Tensor | None = None  # [N] fp32 nats, the rejected log-ratio of the chosen one's rank
+    tokens_per_pair: float | None = None  # trained chosen tokens of the whole step over its pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class LabelledBatch(Batch):
     desirable: Tensor  # [S] bool
     segment_weights: Tensor  # [S] fp32, 0 = not counted
     reference_logps: Tensor | None = None  # [K] fp32 nats
+    baseline: float | None = None  # nats, what a log-ratio is measured from, of the whole step
 
 
 @dataclass(frozen=True, kw_only=True)
