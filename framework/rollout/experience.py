@@ -66,12 +66,12 @@ class Experience:
     def of(cls, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]], rewards: Tensor) -> Self:
         """The answers [groups][G] to `prompts` [groups] with their rewards [N], in order.
 
-        An answer whose reward is NaN is not counted: what failed to be judged was not judged bad.
+        An answer whose reward is not finite is not counted: what failed to be judged was not judged bad.
         """
         completions = [completion for group in answers for completion in group]
         lengths = torch.tensor([len(completion.ids) for completion in completions])
         sizes = torch.tensor([len(group) for group in answers])
-        rewards = rewards.double()
+        rewards = torch.where(rewards.isfinite(), rewards, torch.nan).double()
         known = all(len(completion.logps) == len(completion.ids) for completion in completions)
         return cls(
             prompts=[p for p, group in zip(prompts, answers, strict=True) for _ in group],

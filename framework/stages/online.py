@@ -12,18 +12,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from framework.batch import Outputs
-from framework.errors import ConfigError
+from framework.errors import ConfigError, SapwoodError
 from framework.keyed import key
 from framework.losses.items import Objective
 from framework.rollout.base import Completion, Prompt, Rollout, Sampling
-from framework.rollout.experience import Averaging, Experience, Packing, minibatches, rollout_batches, spread
+from framework.rollout.experience import (
+    Averaging,
+    Experience,
+    Packing,
+    Running,
+    Shaping,
+    minibatches,
+    rollout_batches,
+    spread,
+)
 from framework.stages import measures, sharing
 from framework.stages.base import Term
 from framework.stages.policy_objective import PolicyObjective
@@ -49,6 +58,12 @@ Reward = Callable[[Sequence[Prompt], Sequence[Completion]], Judged]
 """The prompt of each answer, the answers -> what they are worth, alike on all ranks. Collective."""
 
 
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(old_logps, sampler_logps, owners) -> weights, [Q] each; a bound `losses.correction.sampler_correction`."""
+
+UNSHAPED = Shaping()
+
+
 class Method(Protocol):
     """What an algorithm makes of an iteration's answers, and how it learns from them."""
 
@@ -59,8 +74,10 @@ class Method(Protocol):
         """What minibatches of this iteration are trained with; the same object as long as it is the same."""
 
     def estimate(self, experience: Experience) -> tuple[Experience, Mapping[str, float]]:
-        """The same experience with scores shaped and advantages (and returns) known; metrics. Called
-        once an iteration, with everything in `experience` alike on all ranks."""
+        """The same experience with advantages (and returns) known, 0 where nothing counts; metrics.
+
+        Called once an iteration, with everything in `experience` alike on all ranks.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -97,7 +114,8 @@ class Online:
 
     `engine` is the model in training and `rollout` its sampling copy; `reference` answers like an engine
     for the start model, and is asked only when `method` wants it. `sampling.temperature` is applied to
-    every log-probability that the trainer computes. `decode` turns token ids into text for reports.
+    every log-probability that the trainer computes. `shaping` makes scores of rewards, `correction` weights
+    of the difference between sampler and trainer. `decode` turns token ids into text for reports.
     """
 
     def __init__(
@@ -112,6 +130,8 @@ class Online:
         sampling: Sampling,
         packing: Packing,
         seed: int,
+        shaping: Shaping = UNSHAPED,
+        correction: Correction | None = None,
         reference: Callable[..., Outputs] | None = None,
         replay: Replay | None = None,
         held_out: Mapping[str, Term] | None = None,
@@ -128,6 +148,8 @@ class Online:
         self.prompts, self.rollout, self.reward = prompts, rollout, reward
         self.sampling, self.packing, self.seed = sampling, packing, seed
         self.reference = reference if method.wants_reference else None
+        self.shaping, self.seen = shaping, Running()
+        self.correction = correction
         self.replay = replay
         self.decode = decode
         self.index = 0  # prompts consumed
@@ -186,12 +208,18 @@ class Online:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the method's numbers; whole only while `resting`."""
-        state = {"index": self.index, "iteration": self.iteration, "method": self.method.state_dict()}
+        state = {
+            "index": self.index,
+            "iteration": self.iteration,
+            "scores": asdict(self.seen),
+            "method": self.method.state_dict(),
+        }
         return state if self.replay is None else state | {"replay": self.replay.loader.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the next iteration."""
         self.index, self.iteration = int(state["index"]), int(state["iteration"])
+        self.seen = Running(**state["scores"])
         self.method.load_state_dict(state["method"])
         if self.replay is not None:
             self.replay.loader.load_state_dict(state["replay"])
@@ -210,6 +238,8 @@ class Online:
         experience = self._known(experience)
         clock.lap("forward")
         metrics |= measures.of_rollout(experience)
+        scores = self.shaping(experience.rewards, experience.finished, self.seen)
+        experience = self._corrected(replace(experience, scores=scores))
         experience, estimated = self.method.estimate(experience)
         metrics |= {**estimated, **measures.of_advantages(experience)}
         slowest = self.engine.world.max(list(clock.seconds.values()))
@@ -299,6 +329,21 @@ class Online:
                 self.engine.world, experience, self.packing, lambda b: {"logps": ask(b, **temperature).logps}
             )
         return replace(experience, reference_logps=theirs["logps"])
+
+    def _corrected(self, experience: Experience) -> Experience:
+        """With a weight for every token that sampler and trainer see differently."""
+        if self.correction is None:
+            return experience
+        assert experience.old_logps is not None
+        if experience.sampler_logps is None:
+            raise SapwoodError(
+                "stage.correction needs the sampler's log-probabilities, but this rollout engine gives none; "
+                "type stage.correction=null"
+            )
+        return replace(
+            experience,
+            correction=self.correction(experience.old_logps, experience.sampler_logps, experience.owners),
+        )
 
     def _stats(self, chosen: Sequence[int], micros: int) -> dict[str, float]:
         """Facts of a step, alike on all ranks."""

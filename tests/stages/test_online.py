@@ -90,7 +90,8 @@ def test_a_killed_iteration_is_repeated_with_the_same_numbers():
     for step in range(6):
         rl.next(step)
     state = rl.state_dict()
-    assert state == {"index": 3, "iteration": 1, "method": {"calls": 1}}
+    nothing = {"count": 0.0, "mean": 0.0, "squares": 0.0}
+    assert state == {"index": 3, "iteration": 1, "scores": nothing, "method": {"calls": 1}}
     after = [tokens(rl.next(step)) for step in range(6, 12)]
     again = stage(Plan(prompts=3, sequences=2, epochs=2))
     again.next(0)  # whatever it did before the load is forgotten
