@@ -136,7 +136,10 @@ class Frozen(Protocol):
         """The answer without gradients, dropout off. Collective where the weights are spread."""
 
     def refill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take other weights, whole and under the same names, such as those of `Engine.weights`. Collective."""
+        """Take other weights, whole and under the same names, such as `Engine.weights` gives. Collective.
+
+        Raises ValueError unless they are every parameter once.
+        """
 
 
 class Strategy(Protocol):

@@ -3,18 +3,14 @@
 DeepSpeed keeps the fp32 masters of many parameters in few flat tensors; a `Piece` says where the
 elements of one parameter lie in them, and everything that reads or writes state goes through pieces.
 DeepSpeed is asked for sharding, gathering and reducing only: micro-batches, learning rates, clipping
-limits, counters and checkpoints are ours. Its configuration is derived from ours and never read from
-a user.
+limits, norms, counters and checkpoints are ours.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import math
 import os
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from framework.errors import ConfigError
-from framework.strategy import common
+from framework.strategy import common, zero_setup
 from framework.strategy.base import (
     FIRST,
     MASTER,
@@ -41,50 +36,9 @@ from framework.strategy.base import (
 )
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
+from framework.strategy.frozen import Frozen
 from framework.strategy.linear import keeping_parameters
 from framework.strategy.memory import checkpoint_blocks
-
-
-def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
-    """The ds_config of a run, whole.
-
-    `stage` is 1 (moments and masters are sharded), 2 (and gradients) or 3 (and weights); `precision`
-    is "fp32" or "bf16". Limits that are not named here are DeepSpeed's: under stage 3 up to 1e9
-    gathered parameters are kept for the backward pass, so a small model is gathered once per
-    micro-batch.
-    """
-    config: dict[str, Any] = {
-        # Sizes DeepSpeed insists on; batches are cut elsewhere and nothing of ours reads these.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # Every `step` ends a window, however many backward passes came before it.
-        "managed_gradient_accumulation": False,
-        # The optimizer is torch's AdamW, made by the caller, stepping on flat fp32 masters.
-        "zero_allow_untested_optimizer": True,
-        # Progress is printed by trackers.
-        "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": stage,
-            # Reduce in order on one stream: the same sums in the same order on every run.
-            "overlap_comm": False,
-            # Elements per reduction, and of a buffer that is allocated once: 200 MB of fp32 where
-            # the default of 5e8 takes 2 GB of every device.
-            "reduce_bucket_size": 50_000_000,
-            # Small parameters are sharded like all others, so state has one layout.
-            "stage3_param_persistence_threshold": 0,
-            # True replaces torch.nn.functional.linear for the whole process, for good; `micro` does
-            # so for the length of one micro-batch.
-            "memory_efficient_linear": False,
-        },
-    }
-    if precision == "bf16":
-        # bf16 weights and activations over fp32 masters ...
-        config["bf16"] = {"enabled": True}
-        # ... whose gradients are accumulated over micro-batches ...
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # ... and summed over ranks in fp32; both default to bf16.
-        config["communication_data_type"] = "fp32"
-    return config
 
 
 @dataclass(frozen=True)
@@ -107,28 +61,41 @@ class Zero:
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         if self.world.size == 1:
             return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
-        deepspeed = _deepspeed(self.world)
-        config = deepspeed_config(stage=self.stage, precision=self.precision)
-        module = common.build_on_meta(build, self.world.device)
-        checkpoint_blocks(module, self.checkpointing)
-        with _silent():
-            os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # `zero.Init` reads it
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-            shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
-        masters = _fill(self.world, module, weights, COMPUTE[self.precision], shard)
+        deepspeed, module, masters = self._spread(build, weights, train=True)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
         parts = {name: Part(shapes[name], 0, parameter, 0, 0) for name, parameter in trained.items()}
-        adamw = common.optimizer_over(optimizer, parts)
-        with _silent():
-            engine, *_ = deepspeed.initialize(
-                model=module.train(), optimizer=adamw, config=config, dist_init_required=False
-            )
-        if self.stage == 3:
-            # DeepSpeed keeps every module it has sharded in this list for good, and reads of it
-            # only what it pushes during a forward pass.
-            deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK.remove(module)
+        engine = zero_setup.initialize(
+            deepspeed,
+            module.train(),
+            optimizer=common.optimizer_over(optimizer, parts),
+            config=zero_setup.deepspeed_config(stage=self.stage, precision=self.precision),
+        )
+        zero_setup.measure_in_float64(engine.optimizer, self.world)
         return ZeroEngine(self.world, self.stage, engine, trained, shapes, masters)
+
+    def freeze(self, build: Build, weights: Weights) -> Frozen:
+        """Sharded like trained weights under stage 3; whole on every rank under stages 1 and 2."""
+        if self.world.size == 1 or self.stage < 3:
+            return Ddp(self.world, self.precision).freeze(build, weights)
+        deepspeed, module, _ = self._spread(build, weights, train=False)
+        config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
+        return ZeroFrozen(self.world, zero_setup.initialize(deepspeed, module.eval(), config=config))
+
+    def _spread(self, build: Build, weights: Weights, *, train: bool) -> tuple[Any, nn.Module, Any]:
+        """The package, the filled module, and what rounding took from the masters (see `_fill`)."""
+        deepspeed = zero_setup.package(self.world)
+        config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
+        module = common.build_on_meta(build, self.world.device)
+        if train:
+            checkpoint_blocks(module, self.checkpointing)
+        else:
+            module.requires_grad_(False)
+        with zero_setup.silent():
+            os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # `zero.Init` reads it
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
+        return deepspeed, module, _fill(self.world, module, weights, COMPUTE[self.precision], shard)
 
 
 @dataclass(frozen=True)
@@ -164,7 +131,7 @@ class ZeroEngine:
         self._engine = engine
         self._sharded = engine.optimizer
         self._updates = 0
-        weakref.finalize(self, _destroy, engine).atexit = False
+        weakref.finalize(self, zero_setup.destroy, engine).atexit = False
         find = self._piece_of_shard if stage == 3 else self._piece_of_partition
         self._pieces = {name: find(parameter) for name, parameter in parameters.items()}
         for name, (first, values) in masters.items():
@@ -306,6 +273,25 @@ class ZeroEngine:
         return whole.view(shape)
 
 
+class ZeroFrozen(Frozen):
+    """A model that DeepSpeed shards and gathers without an optimizer."""
+
+    def __init__(self, world: World, engine: Any) -> None:
+        super().__init__(world, engine, dict(engine.module.named_parameters()), self._put_piece)
+        self._release = engine.optimizer.partition_all_parameters
+        weakref.finalize(self, zero_setup.destroy, engine).atexit = False
+
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        answer = super().__call__(batch, **options)
+        self._release()  # what was gathered ahead for a module that this forward pass left out
+        return answer
+
+    def _put_piece(self, parameter: Any, whole: Tensor) -> None:
+        piece = parameter.ds_tensor  # [ceil(n / world)], padded at the end of the last one
+        mine = whole.reshape(-1)[self.world.rank * piece.numel() :][: piece.numel()]
+        piece[: mine.numel()].copy_(mine)
+
+
 def _fill(
     world: World, module: nn.Module, weights: Weights, compute: torch.dtype, shard: Any
 ) -> dict[str, tuple[int, Tensor]]:
@@ -334,48 +320,3 @@ def _fill(
             parameter.partition()
         common.hang(parameter, where[empty])
     return masters
-
-
-def _deepspeed(world: World) -> Any:
-    """The deepspeed package, imported for this device and quiet."""
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
-    try:
-        import deepspeed
-        import deepspeed.runtime.zero.parameter_offload
-    except ImportError as error:
-        raise ConfigError(
-            f"strategy=zero3 needs DeepSpeed, which does not import here ({error}); "
-            "type `pip install 'sapwood[deepspeed]'`, or strategy=fsdp"
-        ) from error
-    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
-        raise ConfigError(
-            f"deepspeed {deepspeed.__version__} is installed, and it cannot leave the length of a step "
-            "to the caller; type `pip install 'deepspeed>=0.19.8'`, or strategy=fsdp"
-        )
-    # Its shared-memory all-reduce is compiled on first use (a minute) and not used in training.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are counted by the trainer
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor"
-    )
-    return deepspeed
-
-
-def _destroy(engine: Any) -> None:
-    """Let go of a model: DeepSpeed's hooks hold it, and a cache that all its engines share."""
-    engine.destroy()
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in cached.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """DeepSpeed prints its progress; nobody has asked."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

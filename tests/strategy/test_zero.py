@@ -28,7 +28,8 @@ from zero_worlds import (
 from framework.errors import ConfigError
 from framework.strategy.linear import Linear
 from framework.strategy.world import Group, connect
-from framework.strategy.zero import Zero, deepspeed_config
+from framework.strategy.zero import Zero
+from framework.strategy.zero_setup import deepspeed_config
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,145 @@
+"""The deepspeed package, configured, imported and let go of: what `strategy.zero` must know of its habits.
+
+DeepSpeed's configuration is derived from ours and never read from a user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.errors import ConfigError
+from framework.strategy import common
+from framework.strategy.base import World
+
+
+def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
+    """The ds_config of a run, whole.
+
+    `stage` is 1 (moments and masters are sharded), 2 (and gradients) or 3 (and weights); `precision`
+    is "fp32" or "bf16". Limits that are not named here are DeepSpeed's: under stage 3 up to 1e9
+    gathered parameters are kept for the backward pass, so a small model is gathered once per
+    micro-batch.
+    """
+    config: dict[str, Any] = {
+        # Sizes DeepSpeed insists on; batches are cut elsewhere and nothing of ours reads these.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Every `step` ends a window, however many backward passes came before it.
+        "managed_gradient_accumulation": False,
+        # The optimizer is torch's AdamW, made by the caller, stepping on flat fp32 masters.
+        "zero_allow_untested_optimizer": True,
+        # Progress is printed by trackers.
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": stage,
+            # Reduce in order on one stream: the same sums in the same order on every run.
+            "overlap_comm": False,
+            # Elements per reduction, and of a buffer that is allocated once: 200 MB of fp32 where
+            # the default of 5e8 takes 2 GB of every device.
+            "reduce_bucket_size": 50_000_000,
+            # Small parameters are sharded like all others, so state has one layout.
+            "stage3_param_persistence_threshold": 0,
+            # True replaces torch.nn.functional.linear for the whole process, for good; `micro` does
+            # so for the length of one micro-batch.
+            "memory_efficient_linear": False,
+        },
+    }
+    if precision == "bf16":
+        # bf16 weights and activations over fp32 masters ...
+        config["bf16"] = {"enabled": True}
+        # ... whose gradients are accumulated over micro-batches ...
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # ... and summed over ranks in fp32; both default to bf16.
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def package(world: World) -> Any:
+    """The deepspeed package, imported for this device and quiet."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
+    try:
+        import deepspeed
+        import deepspeed.runtime.zero.parameter_offload
+    except ImportError as error:
+        raise ConfigError(
+            f"strategy=zero3 needs DeepSpeed, which does not import here ({error}); "
+            "type `pip install 'sapwood[deepspeed]'`, or strategy=fsdp"
+        ) from error
+    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+        raise ConfigError(
+            f"deepspeed {deepspeed.__version__} is installed, and it cannot leave the length of a step "
+            "to the caller; type `pip install 'deepspeed>=0.19.8'`, or strategy=fsdp"
+        )
+    # Its shared-memory all-reduce is compiled on first use (a minute) and not used in training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are counted by the trainer
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor"
+    )
+    return deepspeed
+
+
+def initialize(deepspeed: Any, module: nn.Module, **arguments: Any) -> Any:
+    """DeepSpeed's engine around `module`, made in silence."""
+    with silent():
+        engine, *_ = deepspeed.initialize(model=module, dist_init_required=False, **arguments)
+    # DeepSpeed keeps every module whose weights it has sharded in this list for good, and reads of it only
+    # what it pushes during a forward pass.
+    stack = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+    stack[:] = [kept for kept in stack if kept is not module]
+    return engine
+
+
+def measure_in_float64(optimizer: Any, world: World) -> None:
+    """Make a ZeRO optimizer use our norm of gradients: torch's is too small for large tensors on a CPU."""
+
+    def squares(gradients: Sequence[Tensor]) -> Tensor:
+        return common.sum_of_squares([gradient.float() for gradient in gradients], world.device)
+
+    if hasattr(optimizer, "get_grads_for_norm"):  # ZeRO-1 in bf16: whole gradients on every rank
+        given = optimizer.get_grads_for_norm
+
+        def one_number(for_clipping: bool = False) -> Any:
+            if for_clipping:
+                return given(for_clipping=True)
+            gradients, experts = given()
+            return [squares(gradients).sqrt().float().view(1)], experts  # its norm is itself
+
+        optimizer.get_grads_for_norm = one_number
+        return
+
+    def norm(gradients: Sequence[Tensor], parameters: Any, norm_type: float = 2) -> Tensor:
+        total = squares(gradients)
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    optimizer.get_grad_norm_direct = norm
+
+
+def destroy(engine: Any) -> None:
+    """Let go of a model: DeepSpeed's hooks hold it, and a cache that all its engines share."""
+    engine.destroy()
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """DeepSpeed prints its progress; nobody has asked."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
