@@ -6,12 +6,11 @@ b = `beta`, s the logistic function.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from framework.losses.answers import Answers, log_ratios, pair_metrics
-from framework.losses.guard import counted, require
+from framework.losses.guard import choose, counted, require
 from framework.losses.items import Items
 from framework.losses.kto import unpaired_metrics
 
@@ -28,7 +27,7 @@ def bco(
     require("beta", beta, above=0)
     own, start = counted(weight, policy, reference)
     rewards = beta * (own - start)
-    sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
+    sign = choose(desirable, 1.0, -1.0, rewards.dtype)
     loss = -logsigmoid(sign * (rewards - baseline.detach().to(rewards.dtype)))
     return Items(loss, weight, unpaired_metrics(rewards, desirable))
 

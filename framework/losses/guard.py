@@ -1,4 +1,4 @@
-"""What every loss does first: refuse settings outside their range, and leave out what does not count.
+"""What losses do first: refuse settings outside their range, and leave out what does not count.
 
 Knows no particular loss. Letters: N units.
 """
@@ -43,3 +43,12 @@ def counted(weight: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """
     counts = weight > 0
     return tuple(torch.where(counts, value, torch.zeros_like(value)) for value in values)
+
+
+def choose(condition: Tensor, yes: float, no: float, dtype: torch.dtype) -> Tensor:
+    """[N] `yes` where `condition` [N] holds and `no` elsewhere, rounded once, to `dtype`.
+
+    `torch.where` of two plain numbers rounds to the default type first, which costs fp64 its digits.
+    """
+    both = (torch.full((), number, dtype=dtype, device=condition.device) for number in (yes, no))
+    return torch.where(condition, *both)

@@ -67,8 +67,8 @@ def adaptive_kl(
     """The next KL coefficient: c (1 + clip(observed / target - 1, -0.2, 0.2) samples / horizon).
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2. `observed` is the mean KL of an answer in nats over
-    the `samples` of an iteration, `target` > 0 what it should be; in `horizon` > 0 samples the coefficient may
-    change by a fifth. Raises ValueError for a setting outside its range.
+    the `samples` of an iteration, `target` > 0 what it should be; in `horizon` > 0 samples the
+    coefficient may change by a fifth. Raises ValueError for a setting outside its range.
     """
     require("target", target, above=0)
     require("horizon", horizon, above=0)

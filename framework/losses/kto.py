@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.losses.guard import counted, require
+from framework.losses.guard import choose, counted, require
 from framework.losses.items import Items
 
 
@@ -36,8 +36,8 @@ def kto(
     own, start = counted(weight, policy, reference)
     rewards = beta * (own - start)
     shift = beta * baseline.detach().to(rewards.dtype)
-    sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
-    importance = torch.where(desirable, desirable_weight, undesirable_weight).to(rewards.dtype)
+    importance = choose(desirable, desirable_weight, undesirable_weight, rewards.dtype)
+    sign = choose(desirable, 1.0, -1.0, rewards.dtype)
     loss = importance * torch.sigmoid(-sign * (rewards - shift))
     return Items(loss, weight, unpaired_metrics(rewards, desirable))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from framework.losses.answers import segment_sums
-from framework.losses.guard import counted, require
+from framework.losses.guard import choose, counted, require
 from framework.losses.inputs import optional
 from framework.losses.items import Items
 from framework.losses.kl import LOG_RATIO_LIMIT, Estimator, k2
@@ -281,7 +281,7 @@ def sapo(
     require("tau_positive", tau_positive, above=0)
     require("tau_negative", tau_negative, above=0)
     ratio = _ratio(logps - old_logps)
-    tau = torch.where(advantages > 0, tau_positive, tau_negative).to(logps.dtype)
+    tau = choose(advantages > 0, tau_positive, tau_negative, logps.dtype)
     gate = torch.sigmoid(tau * (ratio - 1.0))
     slope = (4.0 * gate * (1.0 - gate)).detach()  # what is left of the gradient of rho
     metrics = {"gate": slope} | _moved(ratio, logps, old_logps)
