@@ -85,6 +85,8 @@ def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
             digest.update(block)
     if digest.hexdigest() != entry["xxh3_128"]:
         raise ValueError(f"{path.name} is not as it was written")
+    if entry["count"] == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=entry["dtype"])
     return np.memmap(path, dtype=entry["dtype"], mode="r", shape=(entry["count"],))
 
 

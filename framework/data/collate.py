@@ -5,12 +5,69 @@ Letters as in `framework.batch`: R rows, T tokens in a row, S segments, K traine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from framework.batch import Batch
+from framework.data.tables import Table
+
+Where = Sequence[tuple[int, int]]
+"""The examples of one optimizer step over all ranks, in order: (table, row)."""
+
+
+class Extent(NamedTuple):
+    """What one example takes of a micro-batch."""
+
+    tokens: int  # real tokens
+    longest: int  # tokens of its longest row when padded
+    rows: int  # its rows when padded
+
+
+class Kind(Protocol):
+    """What examples of a kind of table take, count and become."""
+
+    def extent(self, tables: Any, where: Where, at: int, *, packing: bool) -> Extent:
+        """What example `at` of a step takes."""
+
+    def facts(self, tables: Any, source: int, row: int) -> Mapping[str, float]:
+        """Numbers that are added up over a step and per source; among them `trained_tokens`."""
+
+    def collate(
+        self, tables: Any, where: Where, chosen: Sequence[int], *, packing: bool, pad_id: int
+    ) -> Batch:
+        """A micro-batch of the examples `chosen` of a step; of none, the smallest that counts nothing."""
+
+
+class Supervised:
+    """Examples of `tables.Table`: one segment each, some of its tokens trained."""
+
+    def extent(self, tables: Sequence[Table], where: Where, at: int, *, packing: bool) -> Extent:
+        """What example `at` of a step takes."""
+        source, row = where[at]
+        length = int(tables[source].lengths[row])
+        return Extent(length, length, 1)
+
+    def facts(self, tables: Sequence[Table], source: int, row: int) -> Mapping[str, float]:
+        """Nothing but the trained tokens."""
+        return {"trained_tokens": float(tables[source].trained[row])}
+
+    def collate(
+        self, tables: Sequence[Table], where: Where, chosen: Sequence[int], *, packing: bool, pad_id: int
+    ) -> Batch:
+        """The examples `chosen` of a step; none give a fill."""
+        if not chosen:
+            return fill(packing=packing, pad_id=pad_id)
+        taken = [where[i] for i in chosen]
+        return collate(
+            [tables[source].example(row) for source, row in taken],
+            [source for source, _ in taken],
+            packing=packing,
+            pad_id=pad_id,
+        )
+
 
 Example = tuple[np.ndarray, np.ndarray]
 """(input_ids [T], trained [T] bool), as `tables.Table.example` gives them."""

@@ -24,6 +24,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Format -> the fields it needs. Of several that fit a row, the first that is wanted rules: it says most."""
 
+VAGUE = {"prompt", "text"}  # one field that rows of many kinds have
 USED_BY = {
     "preference": "stage=preference or stage=reward",
     "ranking": "stage=preference or stage=reward",
@@ -84,9 +85,10 @@ def hint(rows: Sequence[Any], among: Collection[str]) -> str:
 
     Either a format of another stage, or the wanted format that most of the fields would give when renamed.
     """
-    other = detect([row for row in rows if isinstance(row, Mapping)][:1], FIELDS)
+    first = [row for row in rows if isinstance(row, Mapping)][:1]
+    other = detect(first, FIELDS.keys() - VAGUE)
     if other is not None:
-        return f". These rows are of the format {other}, for {USED_BY.get(other, SUPERVISED)}"
+        return _of_another(other)
     fields = sorted({str(key) for row in rows if isinstance(row, Mapping) for key in row})
     best: tuple[float, str, dict[str, str]] = (0.0, "", {})
     for name in among:
@@ -96,8 +98,13 @@ def hint(rows: Sequence[Any], among: Collection[str]) -> str:
             best = max(best, (share, name, {k: v for k, v in renamed.items() if v}), key=lambda b: b[0])
     _, name, renames = best
     if not renames:
-        return ""
+        other = detect(first, VAGUE)
+        return "" if other is None else _of_another(other)
     return f". Nearest is {name}: call " + " and ".join(f"{old} {new}" for new, old in renames.items())
+
+
+def _of_another(format: str) -> str:
+    return f". These rows are of the format {format}, for {USED_BY.get(format, SUPERVISED)}"
 
 
 def _nearest(needed: str, fields: Sequence[str]) -> str | None:

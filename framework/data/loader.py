@@ -6,28 +6,33 @@ plans the whole step from the examples' lengths and collates its own part. No co
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from framework.batch import Batch
 from framework.data import pack
-from framework.data.collate import collate, fill
+from framework.data.collate import Extent, Kind, Supervised, Where
 from framework.data.mixture import Mixture
 from framework.data.tables import Table
+
+SUPERVISED = Supervised()
 
 
 class Step(NamedTuple):
     """One optimizer step on this rank."""
 
-    micros: list[Batch]  # as many on every rank
+    micros: Sequence[Any]  # as many on every rank; Batch or what the loader's kind collates
     stats: Mapping[str, float]  # of the global step, alike on every rank
+    mismatched: Sequence[Any] = ()  # of the loader's second kind, likewise
 
 
 class Loader:
     """Steps of `sequences` examples from a mixture over `tables` (data.train first, then replay).
 
     `sequences` is B, global and per optimizer step; `tokens_per_micro` bounds a micro-batch as in
-    `pack.plan`; `pad_id` fills padded rows and fills.
+    `pack.plan`; `pad_id` fills padded rows and fills. `kind` says what the tables' examples become;
+    `mismatched`, another one, makes further micro-batches of the same step.
     """
 
     def __init__(
@@ -41,43 +46,31 @@ class Loader:
         rank: int,
         world_size: int,
         pad_id: int,
+        kind: Kind = SUPERVISED,
+        mismatched: Kind | None = None,
     ) -> None:
         self.tables = tables
         self.mixture = mixture
         self.sequences = sequences
         self.index = 0  # examples given so far, over all ranks
-        self._tokens_per_micro = tokens_per_micro
-        self._packing = packing
-        self._rank, self._world_size = rank, world_size
-        self._pad_id = pad_id
+        self.kind = kind
+        self.mismatched = mismatched
+        self._cut = Cut(tokens_per_micro, packing, rank, world_size, pad_id)
 
     def next(self) -> Step:
         """The next step's micro-batches and its global facts.
 
-        `stats`: tokens, trained_tokens, sequences, micros (per rank), data_index and epoch (after the step),
-        packing_efficiency (tokens over token budget), tokens/NAME and trained_tokens/NAME per source.
+        `stats`: tokens, sequences, micros (per rank), data_index and epoch (after the step),
+        packing_efficiency (tokens over token budget), and what the kind counts: trained_tokens, and for
+        judged answers pairs, chosen_tokens or desirable. Tokens and what the kind counts come per source,
+        too, such as tokens/NAME.
         """
         stop = self.index + self.sequences
-        picks = self.mixture.picks(self.index, stop)
-        where = [(pick.source, pick.row) for pick in picks]
-        lengths = [int(self.tables[source].lengths[row]) for source, row in where]
-        planned = pack.plan(
-            lengths,
-            tokens_per_micro=self._tokens_per_micro,
-            ranks=self._world_size,
-            packing=self._packing,
-        )
-        micros = [self._batch([where[i] for i in chosen]) for chosen in planned[self._rank]]
-        stats = {
-            **self._by_source(where),
-            "sequences": float(len(picks)),
-            "micros": float(len(micros)),
-            "data_index": float(stop),
-            "epoch": self.mixture.epochs(stop),
-            "packing_efficiency": efficiency(lengths, planned, self._tokens_per_micro),
-        }
+        where = [(pick.source, pick.row) for pick in self.mixture.picks(self.index, stop)]
+        step = self._cut.step(self.tables, where, self.kind, self.mismatched)
+        stats = {**step.stats, "data_index": float(stop), "epoch": self.mixture.epochs(stop)}
         self.index = stop
-        return Step(micros, stats)
+        return step._replace(stats=stats)
 
     def state_dict(self) -> dict[str, Any]:
         return {"index": self.index}
@@ -85,34 +78,68 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.index = int(state["index"])
 
-    def _batch(self, where: Sequence[tuple[int, int]]) -> Batch:
-        if not where:
-            return fill(packing=self._packing, pad_id=self._pad_id)
-        return collate(
-            [self.tables[source].example(row) for source, row in where],
-            [source for source, _ in where],
-            packing=self._packing,
-            pad_id=self._pad_id,
-        )
 
-    def _by_source(self, where: Sequence[tuple[int, int]]) -> dict[str, float]:
-        tokens = dict.fromkeys((table.name for table in self.tables), 0.0)
-        trained = dict(tokens)
-        for source, row in where:
-            table = self.tables[source]
-            tokens[table.name] += float(table.lengths[row])
-            trained[table.name] += float(table.trained[row])
-        return {
-            "tokens": sum(tokens.values()),
-            "trained_tokens": sum(trained.values()),
-            **{f"tokens/{name}": value for name, value in tokens.items()},
-            **{f"trained_tokens/{name}": value for name, value in trained.items()},
+class Cut(NamedTuple):
+    """How examples become this rank's micro-batches."""
+
+    tokens_per_micro: int
+    packing: bool
+    rank: int
+    world_size: int
+    pad_id: int
+
+    def step(self, tables: Sequence[Table], where: Where, kind: Kind, mismatched: Kind | None) -> Step:
+        """This rank's part of the examples `where`, and the facts of all of them."""
+        micros, extents, planned = self._micros(tables, where, kind)
+        stats = {
+            **_facts(tables, where, kind, extents),
+            "sequences": float(len(where)),
+            "micros": float(len(micros)),
+            "packing_efficiency": efficiency([e.tokens for e in extents], planned, self.tokens_per_micro),
         }
+        if mismatched is None:
+            return Step(micros, stats)
+        return Step(micros, stats, self._micros(tables, where, mismatched)[0])
+
+    def _micros(
+        self, tables: Sequence[Table], where: Where, kind: Kind
+    ) -> tuple[list[Batch], list[Extent], pack.Plan]:
+        extents = [kind.extent(tables, where, i, packing=self.packing) for i in range(len(where))]
+        planned = plan(
+            extents, tokens_per_micro=self.tokens_per_micro, ranks=self.world_size, packing=self.packing
+        )
+        micros = [
+            kind.collate(tables, where, chosen, packing=self.packing, pad_id=self.pad_id)
+            for chosen in planned[self.rank]
+        ]
+        return micros, extents, planned
 
 
-def efficiency(lengths: Sequence[int], planned: pack.Plan, tokens_per_micro: int) -> float:
+def plan(extents: Sequence[Extent], *, tokens_per_micro: int, ranks: int, packing: bool) -> pack.Plan:
+    """`pack.plan` of examples that take `extents`."""
+    return pack.plan(
+        [extent.tokens if packing else extent.longest for extent in extents],
+        rows=[extent.rows for extent in extents],
+        tokens_per_micro=tokens_per_micro,
+        ranks=ranks,
+        packing=packing,
+    )
+
+
+def _facts(tables: Sequence[Table], where: Where, kind: Kind, extents: Sequence[Extent]) -> dict[str, float]:
+    """Sums over all examples, and over those of each table under NAME/TABLE."""
+    total: defaultdict[str, float] = defaultdict(float)
+    for (source, row), extent in zip(where, extents, strict=True):
+        for name, value in {"tokens": float(extent.tokens), **kind.facts(tables, source, row)}.items():
+            total[name] += value
+            total[f"{name}/{tables[source].name}"] += value
+    names = [name for name in total if "/" not in name]
+    return {**total, **{f"{n}/{t.name}": total.get(f"{n}/{t.name}", 0.0) for n in names for t in tables}}
+
+
+def efficiency(tokens: Sequence[int], planned: pack.Plan, tokens_per_micro: int) -> float:
     """Share of the token budget of all micro-batches that real tokens fill; fills count as empty."""
-    micros = [[lengths[i] for i in chosen] for rank in planned for chosen in rank]
+    micros = [[tokens[i] for i in chosen] for rank in planned for chosen in rank]
     return sum(map(sum, micros)) / sum(max([tokens_per_micro, *micro]) for micro in micros)
 
 
@@ -124,18 +151,20 @@ def held_out(
     rank: int,
     world_size: int,
     pad_id: int,
-    source: int = 0,
     max_examples: int | None = None,
-) -> list[Batch]:
+    kind: Kind = SUPERVISED,
+) -> list[Any]:
     """This rank's batches of a pass over a table: every row once over all ranks, as many batches on each.
 
     `max_examples` keeps the table's first ones only.
     """
-    lengths = [int(n) for n in table.lengths[:max_examples]]
-    planned = pack.plan(lengths, tokens_per_micro=tokens_per_micro, ranks=world_size, packing=packing)
-    return [
-        collate([table.example(row) for row in rows], [source] * len(rows), packing=packing, pad_id=pad_id)
-        if rows
-        else fill(packing=packing, pad_id=pad_id)
-        for rows in planned[rank]
-    ]
+    cut = Cut(tokens_per_micro, packing, rank, world_size, pad_id)
+    return list(whole(table, cut, kind=kind, max_examples=max_examples).micros)
+
+
+def whole(
+    table: Table, cut: Cut, *, kind: Kind, mismatched: Kind | None = None, max_examples: int | None = None
+) -> Step:
+    """All rows of a table, or its first `max_examples`, as one step; see `held_out`."""
+    where = [(0, row) for row in range(len(table.lengths[:max_examples]))]
+    return cut.step([table], where, kind, mismatched)

@@ -14,18 +14,30 @@ Bin = list[int]  # positions of examples; empty = a fill
 Plan = list[list[Bin]]  # [W][M]
 
 
-def plan(lengths: Sequence[int], *, tokens_per_micro: int, ranks: int, packing: bool) -> Plan:
+def plan(
+    lengths: Sequence[int],
+    *,
+    tokens_per_micro: int,
+    ranks: int,
+    packing: bool,
+    rows: Sequence[int] | None = None,
+) -> Plan:
     """Every example in one micro-batch of one rank, the same number of micro-batches on each rank.
 
     `lengths` is [n] tokens. With `packing` a micro-batch holds at most `tokens_per_micro` tokens; without,
     its examples are of similar length and rows times longest is at most that. An example longer than the
     budget is alone in its micro-batch. The m-th micro-batches of all ranks are of similar size, since ranks
-    wait for each other there.
+    wait for each other there. `rows` [n] says how many rows an example takes where they are padded, one
+    each if left out; `lengths` are then those of its longest.
     """
     if not lengths:
         raise ValueError("no examples to cut into micro-batches")
-    bins = _packed(lengths, tokens_per_micro, ranks) if packing else _padded(lengths, tokens_per_micro, ranks)
-    cost = {id(b): cost_of([lengths[i] for i in b], packing) for b in bins}
+    rows = rows if rows is not None else [1] * len(lengths)
+    if packing:
+        bins = _packed(lengths, tokens_per_micro, ranks)
+    else:
+        bins = _padded(lengths, rows, tokens_per_micro, ranks)
+    cost = {id(b): cost_of([lengths[i] for i in b], packing, [rows[i] for i in b]) for b in bins}
     bins.sort(key=lambda b: (-cost[id(b)], b))
     for _ in range(-len(bins) % ranks):
         bins.append([])
@@ -35,11 +47,11 @@ def plan(lengths: Sequence[int], *, tokens_per_micro: int, ranks: int, packing: 
     return [[r[rank] for r in rounds] for rank in range(ranks)]
 
 
-def cost_of(lengths: Sequence[int], packing: bool) -> int:
-    """Tokens that a micro-batch of examples of these lengths computes, padding included."""
+def cost_of(lengths: Sequence[int], packing: bool, rows: Sequence[int] | None = None) -> int:
+    """Tokens that a micro-batch of such examples computes, padding included; `rows` as in `plan`."""
     if not lengths:
         return 0
-    return sum(lengths) if packing else max(lengths) * len(lengths)
+    return sum(lengths) if packing else max(lengths) * (len(lengths) if rows is None else sum(rows))
 
 
 def _descending(lengths: Sequence[int]) -> list[int]:
@@ -83,19 +95,21 @@ def _evenly(lengths: Sequence[int], budget: int, count: int) -> list[Bin] | None
     return [b for b in bins if b]
 
 
-def _padded(lengths: Sequence[int], budget: int, ranks: int) -> list[Bin]:
+def _padded(lengths: Sequence[int], rows: Sequence[int], budget: int, ranks: int) -> list[Bin]:
     """Neighbours in order of length, then the costliest halved until every rank has as many."""
+
+    def cost(b: Bin) -> int:
+        return lengths[b[0]] * sum(rows[i] for i in b)  # the longest comes first
+
     bins: list[Bin] = []
-    longest = 0
     for i in _descending(lengths):
-        if bins and longest * (len(bins[-1]) + 1) <= budget:
+        if bins and cost([*bins[-1], i]) <= budget:
             bins[-1].append(i)
         else:
             bins.append([i])
-            longest = lengths[i]
     wanted = -(-len(bins) // ranks) * ranks
     while len(bins) < wanted:
-        b = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, lengths[bins[b][0]] * len(bins[b]), -b))
+        b = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, cost(bins[b]), -b))
         if len(bins[b]) == 1:
             break
         half = len(bins[b]) // 2

@@ -12,9 +12,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from framework.data import pack
-from framework.data.loader import efficiency
+from framework.data.collate import Kind
+from framework.data.loader import SUPERVISED, efficiency, plan
 from framework.data.mixture import Mixture
-from framework.data.tables import Table
+from framework.data.tables import Part, Table
 
 OPENED, CLOSED = "⟦", "⟧"  # marks of trained tokens where there are no colours
 
@@ -22,13 +23,23 @@ OPENED, CLOSED = "⟦", "⟧"  # marks of trained tokens where there are no colo
 def example(table: Table, row: int, tokenizer: Any, *, colours: bool, limit: int = 4000) -> Text:
     """One example as the model reads it: its place, then its text with the trained tokens marked.
 
-    In colours trained tokens stand out in green; otherwise they stand between ⟦ and ⟧. Cut after `limit`
-    characters.
+    A prompt and the answers to it come under headings. In colours trained tokens stand out in green;
+    otherwise they stand between ⟦ and ⟧. Each part is cut after `limit` characters.
     """
-    ids, trained = table.example(row)
-    text = Text(f"{table.where(row)}  {len(ids)} tokens, {int(trained.sum())} trained\n", style="bold")
-    start = 0
-    shown = 0
+    parts = table.parts(row)
+    tokens, trained = sum(len(p.ids) for p in parts), sum(int(p.trained.sum()) for p in parts)
+    text = Text(f"{table.where(row)}  {tokens} tokens, {trained} trained\n", style="bold")
+    for number, part in enumerate(parts):
+        if part.title:
+            lead = "\n" if number else ""
+            text.append(f"{lead}── {part.title}, {len(part.ids)} tokens ──\n", style="bold")
+        _append(text, part, tokenizer, colours, limit)
+    return text
+
+
+def _append(text: Text, part: Part, tokenizer: Any, colours: bool, limit: int) -> None:
+    ids, trained = part.ids, part.trained
+    start = shown = 0
     while start < len(ids) and shown < limit:
         stop = start + 1
         while stop < len(ids) and trained[stop] == trained[start]:
@@ -45,7 +56,6 @@ def example(table: Table, row: int, tokenizer: Any, *, colours: bool, limit: int
         start = stop
     if start < len(ids) or shown > limit:
         text.append(" …", style="dim not bold")
-    return text
 
 
 def packed(
@@ -56,19 +66,22 @@ def packed(
     tokens_per_micro: int,
     packing: bool,
     ranks: int,
+    kind: Kind = SUPERVISED,
 ) -> Text:
     """How the first optimizer step is cut: one line per micro-batch, its examples as source:tokens."""
-    picks = mixture.picks(0, sequences)
-    lengths = [int(tables[pick.source].lengths[pick.row]) for pick in picks]
-    planned = pack.plan(lengths, tokens_per_micro=tokens_per_micro, ranks=ranks, packing=packing)
+    where = [(pick.source, pick.row) for pick in mixture.picks(0, sequences)]
+    extents = [kind.extent(tables, where, i, packing=packing) for i in range(sequences)]
+    planned = plan(extents, tokens_per_micro=tokens_per_micro, ranks=ranks, packing=packing)
     text = Text(f"First step: {sequences} sequences on {ranks} ranks\n", style="bold")
     for rank, micros in enumerate(planned):
         for number, chosen in enumerate(micros):
-            parts = " ".join(f"{tables[picks[i].source].name}:{lengths[i]}" for i in chosen) or "fill"
-            cost = pack.cost_of([lengths[i] for i in chosen], packing)
+            taken = [extents[i] for i in chosen]
+            parts = " ".join(f"{tables[where[i][0]].name}:{extents[i].tokens}" for i in chosen) or "fill"
+            lengths = [extent.tokens if packing else extent.longest for extent in taken]
+            cost = pack.cost_of(lengths, packing, [extent.rows for extent in taken])
             line = f"  rank {rank} micro {number}  {cost:>6} of {tokens_per_micro} tokens  {parts}\n"
             text.append(line, style="not bold")
-    filled = efficiency(lengths, planned, tokens_per_micro)
+    filled = efficiency([extent.tokens for extent in extents], planned, tokens_per_micro)
     text.append(f"  packing efficiency {filled:.1%} of the token budget\n", style="not bold")
     return text
 

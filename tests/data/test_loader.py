@@ -159,7 +159,6 @@ def test_held_out_rows_come_once_over_all_ranks(prepared, size, packing):
             rank=r,
             world_size=size,
             pad_id=PAD,
-            source=0,
         )
         for r in range(size)
     ]
