@@ -12,7 +12,6 @@ implementations that it has no mask function for, and ours are registered withou
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PretrainedConfig
 
 from framework.batch import Batch
 from framework.errors import ModelError
+from framework.models.layout import Segments, into_rows, out_of_rows, plan
 
 KEYWORD = "segments"  # the keyword that carries the plan through the model to its attention layers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "cache")  # attention that ours is not
@@ -40,8 +39,6 @@ FLASH = ("flash_attention_2", "flash_attention_3")
 OURS = {"auto": "sapwood", "eager": "sapwood_explicit", "sdpa": "sapwood_fused", "varlen": "sapwood_varlen"}
 NAMES = (*OURS, *FLASH)
 
-# Segments of one group are padded to the longest: at most a quarter of the work on it is thrown away.
-GROUP_FILL = 0.75
 # Up to this length explicit scores beat torch's fused CPU kernel, forward and backward together:
 # measured on one AMX core, 9 heads of 64, 1024 tokens: bf16 256 tokens 7 ms against 17, 512 tokens
 # 32 against 25; fp32 about even at 128, 46 against 34 at 512.
@@ -49,60 +46,20 @@ EAGER_UP_TO = {torch.bfloat16: 320, torch.float16: 320}
 EAGER_UP_TO_FP32 = 96
 
 
-@dataclass(frozen=True)
-class Group:
-    """Segments of similar length, right-padded to one rectangle."""
+def shares_prompts(implementation: str) -> bool:
+    """Whether rows may hold a shared beginning once (`Batch.places`), for a name that `choose` gave.
 
-    rows: int
-    length: int  # L
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where the segments of one micro-batch lie; made once, read by every layer."""
-
-    packed: bool
-    boundaries: Tensor  # [S + 1] int32
-    max_length: int
-    groups: tuple[Group, ...] = ()
-    gather: Tensor | None = None  # [P] token that each place of the rectangles comes from; None: in order
-    inverse: Tensor | None = None  # [T] place of each token
-
-
-def plan(batch: Batch, *, grouped: bool = True) -> Segments:
-    """The plan of one micro-batch. `grouped=False`: for kernels that need the boundaries alone."""
-    if not (batch.packed and grouped):
-        return Segments(batch.packed, batch.boundaries, batch.max_length)
-    starts = batch.boundaries.tolist()
-    spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(starts)), reverse=True)
-    groups: list[Group] = []
-    gather: list[Tensor] = []
-    inverse = torch.empty(starts[-1], dtype=torch.int64)
-    place = 0
-    while spans:
-        length = spans[0][0]
-        count = sum(1 for span in spans if span[0] >= GROUP_FILL * length)
-        for tokens, start in spans[:count]:
-            own = torch.arange(start, start + length).clamp_(max=start + tokens - 1)
-            gather.append(own)  # padding repeats the segment's last token: finite, and seen by none
-            inverse[start : start + tokens] = torch.arange(place, place + tokens)
-            place += length
-        groups.append(Group(count, length))
-        spans = spans[count:]
-    device = batch.input_ids.device
-    order = torch.cat(gather)
-    in_order = place == starts[-1] and torch.equal(order, torch.arange(place))
-    if in_order:
-        return Segments(True, batch.boundaries, batch.max_length, tuple(groups))
-    return Segments(
-        True, batch.boundaries, batch.max_length, tuple(groups), order.to(device), inverse.to(device)
-    )
+    The flash-attn kernels are called by transformers, which knows boundaries only.
+    """
+    return implementation not in FLASH
 
 
 def keywords(batch: Batch, implementation: str) -> dict[str, Any]:
     """What to hand to the model's body beside its inputs, for `implementation` as `choose` named it."""
     if implementation not in FLASH:
         return {KEYWORD: plan(batch, grouped=implementation != OURS["varlen"])}
+    if batch.places is not None:
+        raise ValueError(f"{implementation} cannot read rows with shared prompts; see shares_prompts")
     if not batch.packed:
         return {}
     ends = batch.boundaries
@@ -228,9 +185,7 @@ class Rules:
 
 def _by_groups(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rules: Rules) -> Tensor:
     """[1, T, H, D]: each group is one rectangle of segments, one causal call."""
-    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
-    if segments.gather is not None:
-        tokens = [_Reorder.apply(tensor, segments.gather, segments.inverse) for tensor in tokens]
+    tokens = [into_rows(tensor[0].transpose(0, 1), segments) for tensor in (query, key, value)]
     parts = []
     place = 0
     for group in segments.groups:
@@ -242,32 +197,7 @@ def _by_groups(query: Tensor, key: Tensor, value: Tensor, segments: Segments, ru
         parts.append(_causal(q, k, v, rules).transpose(1, 2).flatten(0, 1))  # [rows * L, H, D]
         place += size
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if segments.inverse is not None:
-        out = _Reorder.apply(out, segments.inverse, segments.gather)
-    return out[None]
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows of a tensor by index, where `back` undoes it.
-
-    Into the rectangles, padding's gradient is zero, since no query sees a padding key: the backward pass
-    is a plain gather. Out of them, padding is dropped, so its gradient is zero. Neither needs a sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(index, back)
-        ctx.rows = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, back = ctx.saved_tensors
-        if ctx.rows <= index.shape[0]:  # into the rectangles
-            return grad.index_select(0, back), None, None
-        padded = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        return padded.index_copy_(0, index, grad), None, None
+    return out_of_rows(out, segments)[None]
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
@@ -367,7 +297,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rules
     """[1, T, H, D] by torch's own kernel for ragged rows, on CUDA in half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (into_rows(tensor[0].transpose(0, 1), segments) for tensor in (query, key, value))
     out = varlen_attn(
         query,
         key,
@@ -381,7 +311,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rules
         enable_gqa=key.shape[1] != query.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out[None]
+    return out_of_rows(out, segments)[None]
 
 
 def register() -> None:
