@@ -128,6 +128,7 @@ def divergence_scores(log_ratio: Tensor, divergence: Divergence, alpha: float = 
     whose alpha is 1 - a). Exponents stop at `EXPONENT_LIMIT`. Raises ValueError for an unknown
     divergence or a outside its range.
     """
+    require("alpha", alpha, least=0, most=1)
     if divergence == "reverse_kl":
         return log_ratio
     if divergence == "forward_kl":
@@ -136,7 +137,6 @@ def divergence_scores(log_ratio: Tensor, divergence: Divergence, alpha: float = 
         return math.log(2.0) + logsigmoid(log_ratio)
     if divergence != "alpha":
         raise ValueError(f"divergence={divergence}; expected reverse_kl, forward_kl, js or alpha")
-    require("alpha", alpha, least=0, most=1)
     if alpha == 1.0:
         return log_ratio
     return torch.expm1(((alpha - 1.0) * log_ratio).clamp(max=EXPONENT_LIMIT)) / (alpha - 1.0)

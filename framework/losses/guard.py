@@ -50,5 +50,5 @@ def choose(condition: Tensor, yes: float, no: float, dtype: torch.dtype) -> Tens
 
     `torch.where` of two plain numbers rounds to the default type first, which costs fp64 its digits.
     """
-    both = (torch.full((), number, dtype=dtype, device=condition.device) for number in (yes, no))
-    return torch.where(condition, *both)
+    one, other = (torch.full((), number, dtype=dtype, device=condition.device) for number in (yes, no))
+    return torch.where(condition, one, other)

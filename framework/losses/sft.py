@@ -43,7 +43,8 @@ def dft(logps: Tensor, weight: Tensor) -> Items:
     The metric `nll` is the plain cross-entropy in nats.
     """
     (logps,) = counted(weight, logps)
-    return Items(-logps.detach().exp() * logps, weight, {"nll": -logps.detach()})
+    probabilities = logps.detach().clamp(max=0).exp()  # rounding may leave a log-probability above 0
+    return Items(-probabilities * logps, weight, {"nll": -logps.detach()})
 
 
 def chosen_sft(policy: Answers, weight: Tensor, tokens_per_pair: float) -> Items:
