@@ -23,7 +23,8 @@ class PolicyObjective:
 
     On offer, [K] each: logps, old_logps, advantages, weight, segments, and where the stage has them
     reference_logps, correction, old_values, returns; and what the model computes on request, entropies and
-    values. Per token the objective is loss + `value_scale` * value_loss, with `critic_only` the second alone.
+    values. A token costs loss + `value_scale` * value_loss; with `critic_only` the second alone, and then
+    only the critic runs and gets a gradient.
     """
 
     def __init__(
@@ -44,10 +45,7 @@ class PolicyObjective:
 
     def __call__(self, engine: Engine, batch: RolloutBatch) -> Items:
         batch = batch.to(engine.world.device)
-        outputs = engine(batch, needs=self.needs, temperature=self.temperature)
-        self._watch(outputs.logps.detach(), batch)
         given: dict[str, Tensor | None] = {
-            "logps": outputs.logps,
             "weight": batch.weights,
             "segments": batch.segments,
             "old_logps": batch.old_logps,
@@ -56,16 +54,22 @@ class PolicyObjective:
             "reference_logps": batch.reference_logps,
             "old_values": batch.old_values,
             "returns": batch.returns,
-        } | {name: getattr(outputs, name) for name in self.needs}
+        }
+        if self.critic_only:
+            assert self.value_loss is not None
+            value = _call(self.value_loss, given | {"values": engine(batch, actor=False).scores})
+            metrics = {**value.metrics, "value/loss": value.loss.detach()}
+            return Items(self.value_scale * value.loss, value.weight, metrics)
+        outputs = engine(batch, needs=self.needs, temperature=self.temperature)
+        self._watch(outputs.logps.detach(), batch)
+        given |= {name: getattr(outputs, name) for name in ("logps", *self.needs)}
         policy = _call(self.loss, given)
         if self.value_loss is None:
             return policy
         value = _call(self.value_loss, given)
-        metrics = {**policy.metrics, **value.metrics, "value_loss": value.loss.detach()}
-        if self.critic_only:  # times 0, so that every part of the model still has a gradient
-            return Items(self.value_scale * value.loss + 0.0 * outputs.logps, value.weight, metrics)
-        metrics["policy_loss"] = policy.loss.detach()
-        return Items(policy.loss + self.value_scale * value.loss, policy.weight, metrics)
+        both = {**policy.metrics, **value.metrics}
+        both |= {"policy/loss": policy.loss.detach(), "value/loss": value.loss.detach()}
+        return Items(policy.loss + self.value_scale * value.loss, policy.weight, both)
 
     def forget(self) -> None:
         """Start to measure the distance anew."""

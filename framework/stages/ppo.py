@@ -72,7 +72,7 @@ class Ppo:
         if chosen.whiten_rewards:
             rewards = whiten(rewards, counted, keep_mean=True)
         advantages, returns = gae(
-            rewards, values, experience.owners, gamma=chosen.gamma, gae_lambda=chosen.gae_lambda
+            rewards, values, experience.owners, gamma=chosen.gamma, lambda_=chosen.gae_lambda
         )
         metrics = {**self.penalty.follow(experience), **_of_values(values[counted], returns[counted])}
         if chosen.whiten_advantages:

@@ -1,4 +1,4 @@
-"""Stand-ins for reinforcement learning: a tiny sampler, a scripted one, an engine of fixed answers."""
+"""Stand-ins for reinforcement learning: a scripted rollout, an engine of fixed answers, prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from framework.batch import Outputs
 from framework.data.collate import collate, fill
 from framework.data.pack import plan
-from framework.keyed import key
 from framework.rollout.base import Completion, Prompt
 from framework.rollout.experience import Packing
 
@@ -84,39 +83,3 @@ class FixedEngine:
 
     def inference(self):
         return contextlib.nullcontext()
-
-
-class Sampler:
-    """Draws from a plain transformers model by whole forward passes: slow, short and obviously right."""
-
-    def __init__(self, directory):
-        from transformers import AutoModelForCausalLM
-
-        self.lm = AutoModelForCausalLM.from_pretrained(directory).eval()
-
-    @torch.no_grad()
-    def update(self, weights, *, version):
-        own = dict(self.lm.named_parameters())
-        for name, tensor in weights:
-            short = name.removeprefix("policy.").removeprefix("lm.")
-            if short in own:
-                own[short].copy_(tensor)
-        self.version = version
-
-    @torch.no_grad()
-    def generate(self, prompts, sampling):
-        return [
-            [self._answer(prompt, sample, sampling) for sample in range(sampling.samples)]
-            for prompt in prompts
-        ]
-
-    def _answer(self, prompt, sample, sampling):
-        generator = torch.Generator().manual_seed(key(sampling.seed, "answer", prompt.index, sample))
-        ids, logps = [], []
-        while len(ids) < sampling.max_new_tokens and END not in ids:
-            logits = self.lm(torch.tensor([[*prompt.ids, *ids]])).logits[0, -1].float()
-            law = (logits / sampling.temperature).log_softmax(-1)
-            token = int(torch.multinomial(law.exp(), 1, generator=generator))
-            ids.append(token)
-            logps.append(float(law[token]))
-        return Completion(str(ids[0]), tuple(ids), END in ids, tuple(logps), self.version)

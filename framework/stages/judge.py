@@ -1,0 +1,64 @@
+"""A reward model as a reward: it reads prompt and answer and says one number at the last token.
+
+Letters: N answers, S segments of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from framework.batch import Batch, Scores
+from framework.rollout.base import Completion, Prompt
+from framework.rollout.experience import Experience, Packing, cut
+from framework.stages.sharing import everywhere
+from framework.strategy.base import World
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward says of N answers."""
+
+    scores: Tensor  # [N] fp64
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class ModelReward:
+    """Scores answers with `model`, a frozen scorer spread like the policy. It must read the same tokens."""
+
+    def __init__(self, model: Callable[[Batch], Scores], *, packing: Packing, world: World) -> None:
+        self.model, self.world = model, world
+        self.packing = replace(packing, shared=None)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scored:
+        """[N] scores, alike on all ranks. Collective."""
+        answers = Experience.of(prompts, [[c] for c in completions], torch.zeros(len(completions)))
+        owners = answers.owners
+        mine = torch.zeros(len(completions), dtype=torch.float64)
+        for batch, tokens in cut(answers, range(len(completions)), self.packing):
+            scores = self.model(at_the_end(batch)).scores.double().cpu()
+            if tokens.numel():
+                sequences = torch.empty(len(scores), dtype=torch.int64)
+                sequences[batch.segments] = owners[tokens]
+                mine[sequences] = scores
+        return Scored(everywhere(self.world, mine))
+
+
+def at_the_end(batch: Batch) -> Batch:
+    """The same tokens, asked at the last one of each segment: K = S, and `targets` mean nothing."""
+    count = batch.boundaries.numel() - 1
+    if batch.packed:
+        last = batch.boundaries[1:].long() - 1
+    else:
+        last = torch.arange(count) * batch.input_ids.shape[1] + batch.boundaries.diff().long() - 1
+    return replace(
+        batch,
+        trained=last,
+        targets=torch.zeros_like(last),
+        weights=torch.zeros(count),
+        segments=torch.arange(count),
+        units=0.0,
+    )

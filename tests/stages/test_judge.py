@@ -1,0 +1,64 @@
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import workers
+from online_toys import packing, prompts
+
+from framework.batch import Scores
+from framework.data.collate import collate
+from framework.data.pack import plan
+from framework.rollout.base import Completion
+from framework.stages.judge import ModelReward
+from framework.strategy.world import Solo
+
+ANSWERS = [Completion("", tuple(range(60, 60 + n)), True) for n in (3, 1, 5, 2, 4)]
+
+
+def last_token(batch):
+    """A scorer that names the token it was asked at, and counts the tokens up to it."""
+    tokens = batch.input_ids.flatten()[batch.trained]
+    return Scores(tokens.float() + batch.position_ids.flatten()[batch.trained] / 100)
+
+
+def judge(world, packed=True):
+    tools = packing(world, tokens=12)
+    if not packed:
+        tools = replace(
+            tools,
+            plan=partial(plan, tokens_per_micro=12, ranks=world.size, packing=False),
+            collate=lambda examples: collate(examples, [0] * len(examples), packing=False, pad_id=0),
+        )
+    return ModelReward(last_token, packing=tools, world=world)(prompts(0, 5), ANSWERS).scores.tolist()
+
+
+EXPECTED = [
+    60 + len(answer.ids) - 1 + (len(prompt.ids) + len(answer.ids) - 1) / 100
+    for prompt, answer in zip(prompts(0, 5), ANSWERS, strict=True)
+]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_answer_is_scored_once_at_its_last_token(packed):
+    alone = Solo(0, 1, 0, torch.device("cpu"))
+    assert judge(alone, packed) == pytest.approx(EXPECTED, rel=1e-6)
+
+
+def test_two_ranks_share_the_work_and_know_all_scores():
+    for scores in workers.run(2, judge):
+        assert scores == pytest.approx(EXPECTED, rel=1e-6)
+
+
+def test_ranks_without_answers_still_ask_the_model():
+    """One answer on two ranks: the second has a fill, for the collectives inside of a sharded model."""
+    asked = []
+
+    def model(batch):
+        asked.append(batch.units)
+        return last_token(batch)
+
+    world = SimpleNamespace(rank=1, size=2, sum=lambda values: list(values))
+    ModelReward(model, packing=packing(world), world=world)(prompts(0, 1), ANSWERS[:1])
+    assert len(asked) == 1
