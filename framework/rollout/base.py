@@ -29,7 +29,7 @@ class Sampling:
     """How answers are drawn. Log-probabilities are always those of this law."""
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0 takes the most likely token
+    temperature: float = 1.0  # 0 takes the most likely token; log-probabilities are then those at 1
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     samples: int = 1  # answers to each prompt

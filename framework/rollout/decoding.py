@@ -338,12 +338,15 @@ class Decoder:
 
     def _forward(self, ids: Tensor, cache: Read, sight: Sight) -> Tensor:
         places = sight.queries.where(sight.queries < NOWHERE, 0)
+        # By index: the slice that a number would mean is not contiguous, and its product with the head copies
+        # the head once for every row.
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         out = self.lm(
             input_ids=ids,
             position_ids=places,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
             **{KEYWORD: sight},
         )
         logits: Tensor = out.logits[:, -1]

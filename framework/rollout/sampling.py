@@ -43,7 +43,7 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
 
 def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     greedy = sampling.temperature == 0
-    scaled = logits.float() if greedy else logits.float() / sampling.temperature
+    scaled = logits.float() / (1.0 if greedy else sampling.temperature)
     if gap := -scaled.shape[1] % BLOCK:
         scaled = F.pad(scaled, (0, gap), value=-torch.inf)
     tops = scaled.view(len(scaled), -1, BLOCK).amax(2)  # [B, blocks]
