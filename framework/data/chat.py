@@ -91,6 +91,32 @@ class Encoder:
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
 
+    def prompts(self, records: Sequence[Record]) -> list[np.ndarray | RowError]:
+        """Token ids [T] int32 up to where an answer begins; "over-long" where they exceed `max_length`.
+
+        Conversations end with the template's generation prompt, texts as they are.
+        """
+        answers: list[np.ndarray | RowError | None] = [None] * len(records)
+        asked: dict[bool, list[tuple[int, str]]] = {True: [], False: []}  # chats, texts
+        for i, record in enumerate(records):
+            try:
+                text = record.text
+                if text is None:
+                    text = self._text_of(record, len(record.messages), add_generation_prompt=True)
+                asked[record.text is None].append((i, text))
+            except RowError as error:
+                answers[i] = error
+        for is_chat, texts in asked.items():
+            if not texts:
+                continue
+            encoding = self.tokenizer([text for _, text in texts], add_special_tokens=not is_chat)
+            for (i, text), ids in zip(texts, encoding["input_ids"], strict=True):
+                try:
+                    answers[i] = self._finish_prompt(np.asarray(ids, dtype=np.int64), text, is_chat)
+                except RowError as error:
+                    answers[i] = error
+        return [answer for answer in answers if answer is not None]
+
     # Rendering
 
     def _render(self, record: Record) -> tuple[str, list[Span]]:
@@ -293,26 +319,53 @@ class Encoder:
 
     def _finish_text(self, ids: np.ndarray, trained: np.ndarray) -> Encoded:
         """Texts end with a trained end-of-sequence token and begin with one beginning-of-sequence token."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ModelError(
                 "the tokenizer has no end-of-sequence token, so the model would not learn to stop; "
                 "set eos_token in the model's tokenizer_config.json"
             )
-        if bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos:
-            ids, trained = ids[1:], trained[1:]
+        begun = self._begun(ids)
+        ids, trained = begun, trained[len(ids) - len(begun) :]
         if len(ids) == 0 or ids[-1] != eos:
             ids, trained = np.append(ids, eos), np.append(trained, True)
         return self._finish(ids, trained)
 
-    def _finish(self, ids: np.ndarray, trained: np.ndarray) -> Encoded:
-        """Truncate, verify that something is trained and that every id is in the vocabulary."""
+    def _finish_prompt(self, ids: np.ndarray, text: str, is_chat: bool) -> np.ndarray:
+        """A prompt is to be gone on from: without an end that the tokenizer added by itself."""
+        if not is_chat:
+            ids = self._begun(ids)
+            ended = len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
+            if ended and not text.endswith(self.tokenizer.eos_token):
+                ids = ids[:-1]
+        self._check_vocabulary(ids)
+        if len(ids) == 0:
+            raise RowError("empty", "the prompt has no tokens")
+        if len(ids) > self.max_length:
+            raise RowError(
+                "over-long",
+                f"a prompt of {len(ids)} tokens, more than the {self.max_length} that are allowed; raise the "
+                "limit, or pass data.truncation=drop",
+            )
+        return ids.astype(np.int32)
+
+    def _begun(self, ids: np.ndarray) -> np.ndarray:
+        """With one beginning-of-sequence token, where both a text and its tokenizer wrote one."""
+        bos = self.tokenizer.bos_token_id
+        twice = bos is not None and len(ids) > 1 and ids[0] == bos and ids[1] == bos
+        return ids[1:] if twice else ids
+
+    def _check_vocabulary(self, ids: np.ndarray) -> None:
         if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
             raise ModelError(
                 f"the tokenizer gives token id {int(ids.max())}, but the model's vocabulary has "
                 f"{self.vocab_size} entries; expected a tokenizer and a model that belong together: "
                 "check model.path"
             )
+
+    def _finish(self, ids: np.ndarray, trained: np.ndarray) -> Encoded:
+        """Truncate, verify that something is trained and that every id is in the vocabulary."""
+        self._check_vocabulary(ids)
         truncated = len(ids) > self.max_length
         if truncated:
             if self.truncation in ("error", "drop"):

@@ -245,7 +245,10 @@ REFUSED = [
     ),
     ({"prompt": "a", "chosen_response": "b", "rejected_response": "c"}, "call chosen_response chosen"),
     ({"messages": []}, "These rows are of the format messages, for stage=sft"),
-    ({"prompt": "a", "completion": "b", "label": True}, "format unpaired, for stage=preference with loss=kto"),
+    (
+        {"prompt": "a", "completion": "b", "label": True},
+        "unpaired, for stage=preference with loss=kto",
+    ),
     ({"a": 1}, "found fields a; expected chosen and rejected, or prompt and responses"),
 ]
 
