@@ -83,7 +83,7 @@ def groups(directories: Sequence[Path]) -> dict[str, list[str]]:
     """Names of the choices of every group, sorted; groups of groups have a slash in their name."""
     found: dict[str, set[str]] = {}
     for directory in directories:
-        for file in directory.rglob("*.yaml"):
+        for file in _files(directory):
             if file.parent != directory:
                 found.setdefault(file.parent.relative_to(directory).as_posix(), set()).add(file.stem)
     return {group: sorted(choices) for group, choices in sorted(found.items())}
@@ -94,9 +94,23 @@ def places(directories: Sequence[Path]) -> list[Place]:
     return [
         place
         for directory in directories
-        for file in sorted(directory.rglob("*.yaml"))
+        for file in sorted(_files(directory))
         for place in _places_of(file, directory)
     ]
+
+
+def pipelines(directories: Sequence[Path]) -> list[str]:
+    """Names of the chains that `launch/pipeline.py experiment=NAME` can run, sorted."""
+    return sorted(
+        {file.stem for directory in directories for file in (directory / "pipeline").glob("*.yaml")}
+    )
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """YAML files of one stage of training; those of pipelines belong to another command."""
+    for file in directory.rglob("*.yaml"):
+        if file.relative_to(directory).with_suffix("").parts[0] != "pipeline":
+            yield file
 
 
 def _places_of(file: Path, directory: Path) -> Iterator[Place]:

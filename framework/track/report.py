@@ -7,7 +7,6 @@ again at any time: python -m framework.track.report RUN_DIR
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from framework.track import jsonl
+from framework.track import jsonl, parts
 from framework.track.chart import COLOURS, Points, chart, number
-from framework.track.page import CONFIGURATION, PAGE
+from framework.track.page import PAGE
+from framework.track.parts import Record
 
-Record = Mapping[str, Any]
 COUNTS = ("units", "tokens")  # of a held-out set: not a quality
 MORE_IS_BETTER = ("accuracy", "reward", "score", "exact")
 
@@ -52,15 +51,11 @@ def build(run_dir: Path, *, status: str | None = None, config: Mapping[str, Any]
     """Write report.html and return its path. What is not given is read from the run directory."""
     records = list(jsonl.read(run_dir / "metrics.jsonl"))
     if config is None:
-        config = yaml.safe_load(_text(run_dir / "config.yaml")) or {}
+        config = yaml.safe_load(parts.content(run_dir / "config.yaml")) or {}
     if status is None:
-        status = json.loads(_text(run_dir / "result.json") or "{}").get("status", "not finished")
+        status = json.loads(parts.content(run_dir / "result.json") or "{}").get("status", "not finished")
     page = render(records, config=config, status=status, name=Path(run_dir).resolve().name)
-    path = run_dir / "report.html"
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return parts.write(run_dir, page)
 
 
 def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str, name: str) -> str:
@@ -72,12 +67,12 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
     resumes = [record["step"] for record in events if "resumed" in record["message"]]
     title = str(config.get("name") or name)
     sections = [
-        _section("", _tiles(train, held_out), "tiles"),
-        _section("Curves", _curves(train, held_out, resumes), "charts"),
-        _section("Samples", _samples(samples[-1]["rows"]) if samples else "", "samples"),
-        _section("Where the tokens came from", _sources(train)),
-        _section("What happened", _events(events)),
-        _section("Configuration", _configuration(config)),
+        parts.section("", _tiles(train, held_out), "tiles"),
+        parts.section("Curves", _curves(train, held_out, resumes), "charts"),
+        parts.section("Samples", parts.samples(samples[-1]["rows"]) if samples else "", "samples"),
+        parts.section("Where the tokens came from", _sources(train)),
+        parts.section("What happened", _events(events)),
+        parts.section("Configuration", parts.configuration(config)),
     ]
     return PAGE.format(
         title=escape(title),
@@ -86,11 +81,6 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
         about=escape(" · ".join(_about(config))),
         body="".join(sections),
     )
-
-
-def _section(title: str, body: str, kind: str = "") -> str:
-    heading = f"<h2>{title}</h2>" if title else ""
-    return f'<section>{heading}<div class="{kind}">{body}</div></section>' if body else ""
 
 
 def _about(config: Mapping[str, Any]) -> Iterable[str]:
@@ -107,7 +97,7 @@ def _tiles(train: Sequence[Record], held_out: Sequence[Record]) -> str:
     """Held-out numbers before and after, then what it took."""
     tiles = []
     for metric in _metrics(held_out):
-        points = _points(held_out, metric)
+        points = parts.points(held_out, metric)
         (first, before), (last, after) = points[0], points[-1]
         name, _, what = metric.rpartition("/")
         if what == "perplexity":
@@ -116,62 +106,45 @@ def _tiles(train: Sequence[Record], held_out: Sequence[Record]) -> str:
         mood = "" if first == last or before == after else "good" if (after > before) == up else "bad"
         value = number(after) if first == last else f"<i>{number(before)} →</i> {number(after)}"
         steps = f"step {last:,.0f}" if first == last else f"step {first:,.0f} to {last:,.0f}"
-        tiles.append(_tile(f"{name} {what}", value, f"held out, {steps}", mood))
+        tiles.append(parts.tile(f"{name} {what}", value, f"held out, {steps}", mood))
     if train:
         tokens, seconds = _total(train, "tokens"), _total(train, "seconds")
-        tiles.append(_tile("steps", f"{train[-1]['step']:,}", f"{_duration(seconds)} of training"))
-        tiles.append(_tile("tokens", number(tokens), f"{number(_total(train, 'trained_tokens'))} trained"))
-        if rates := [y for _, y in _points(train, "tokens_per_s")]:
-            tiles.append(_tile("tokens per second", number(statistics.median(rates)), "median"))
-        if peaks := [y for _, y in _points(train, "peak_memory_bytes")]:
-            tiles.append(_tile("peak memory", f"{max(peaks) / 2**30:.3g} GiB", "of the largest process"))
+        tiles.append(parts.tile("steps", f"{train[-1]['step']:,}", f"{parts.duration(seconds)} of training"))
+        tiles.append(
+            parts.tile("tokens", number(tokens), f"{number(_total(train, 'trained_tokens'))} trained")
+        )
+        if rates := [y for _, y in parts.points(train, "tokens_per_s")]:
+            tiles.append(parts.tile("tokens per second", number(statistics.median(rates)), "median"))
+        if peaks := [y for _, y in parts.points(train, "peak_memory_bytes")]:
+            tiles.append(parts.tile("peak memory", f"{max(peaks) / 2**30:.3g} GiB", "of the largest process"))
     return "".join(tiles)
-
-
-def _tile(label: str, value: str, note: str, mood: str = "") -> str:
-    text = f"<span>{escape(label)}</span><b>{value}</b><small>{escape(note)}</small>"
-    return f'<div class="tile {mood}">{text}</div>'
 
 
 def _curves(train: Sequence[Record], held_out: Sequence[Record], resumes: Sequence[float]) -> str:
     by_source = sorted({key for record in train for key in record if key.startswith("loss/")})
-    losses = {"all": _points(train, "loss")}
+    losses = {"all": parts.points(train, "loss")}
     if len(by_source) > 1:
-        losses |= {key.removeprefix("loss/"): _points(train, key) for key in by_source}
+        losses |= {key.removeprefix("loss/"): parts.points(train, key) for key in by_source}
     charts = [chart("Training loss", losses, unit="nats a token", marks=resumes, noisy=True)]
     by_metric: dict[str, dict[str, Points]] = {}
     for metric in _metrics(held_out):
         name, _, what = metric.rpartition("/")
-        by_metric.setdefault(what, {})[name] = _points(held_out, metric)
+        by_metric.setdefault(what, {})[name] = parts.points(held_out, metric)
     for what, series in by_metric.items():
         if what != "perplexity":
             only = "" if len(series) > 1 else next(iter(series))
             charts.append(chart(f"Held-out {what}", series, unit=only, marks=resumes))
-    memory = [(step, value / 2**30) for step, value in _points(train, "peak_memory_bytes")]
+    memory = [(step, value / 2**30) for step, value in parts.points(train, "peak_memory_bytes")]
     for title, unit, points, noisy, from_zero in (
-        ("Gradient norm", "before clipping", _points(train, "grad_norm"), True, False),
-        ("Learning rate", "", _points(train, "lr"), False, True),
-        ("Speed", "tokens per second", _points(train, "tokens_per_s"), True, True),
+        ("Gradient norm", "before clipping", parts.points(train, "grad_norm"), True, False),
+        ("Learning rate", "", parts.points(train, "lr"), False, True),
+        ("Speed", "tokens per second", parts.points(train, "tokens_per_s"), True, True),
         ("Peak memory", "GiB, largest process", memory, False, True),
     ):
         charts.append(
             chart(title, {title: points}, unit=unit, marks=resumes, noisy=noisy, from_zero=from_zero)
         )
     return "".join(charts)
-
-
-def _samples(rows: Sequence[Record]) -> str:
-    cards = []
-    for row in rows:
-        answers = [
-            f'<div class="{"after" if column == "after" else ""}"><span>{escape(str(column))}</span>'
-            f"<p>{escape(str(text))}</p></div>"
-            for column, text in row.items()
-            if column != "prompt"
-        ]
-        prompt = f'<p class="prompt">{escape(str(row.get("prompt", "")))}</p>'
-        cards.append(f'<article>{prompt}<div class="answers">{"".join(answers)}</div></article>')
-    return "".join(cards)
 
 
 def _sources(train: Sequence[Record]) -> str:
@@ -201,37 +174,15 @@ def _events(events: Sequence[Record]) -> str:
     return f'<ul class="events">{lines}</ul>' if lines else ""
 
 
-def _configuration(config: Mapping[str, Any]) -> str:
-    if not config:
-        return ""
-    text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
-    return CONFIGURATION.format(text=escape(text))
-
-
 def _metrics(held_out: Sequence[Record]) -> list[str]:
     """Names of held-out qualities, "<set>/<metric>", losses first."""
     names = dict.fromkeys(key for record in held_out for key in record if "/" in key)
-    kept = [name for name in names if name.rpartition("/")[2] not in COUNTS and _points(held_out, name)]
+    kept = [name for name in names if name.rpartition("/")[2] not in COUNTS and parts.points(held_out, name)]
     return sorted(kept, key=lambda name: not name.endswith("/loss"))
 
 
-def _points(records: Sequence[Record], key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever `key` is a number; "NaN" and "Infinity" count as such."""
-    return [(float(record["step"]), float(record[key])) for record in records if record.get(key) is not None]
-
-
 def _total(records: Sequence[Record], key: str) -> float:
-    return sum(value for _, value in _points(records, key))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return sum(value for _, value in parts.points(records, key))
 
 
 if __name__ == "__main__":
