@@ -55,7 +55,8 @@ def batch_scaled(rewards: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tenso
     values, known = _known(rewards)
     everything = torch.zeros_like(groups)
     std = _spread(values, _centred(values, known, everything), known, everything)
-    return (_centred(values, known, groups) / (std + eps)).to(rewards.dtype)
+    scaled = _centred(values, known, groups) / (std + eps)
+    return torch.where(std > 0, scaled, 0.0).to(rewards.dtype)
 
 
 def best_of_group(rewards: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tensor:
