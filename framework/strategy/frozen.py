@@ -27,7 +27,8 @@ class Frozen:
     ) -> None:
         """`module` answers; `parameters` are its own as they are kept, by name."""
         self.world = world
-        self._module = module.eval()
+        module.eval()
+        self._module = module
         self._parameters = parameters
         self._put = put
 

@@ -80,7 +80,7 @@ class Zero:
             return Ddp(self.world, self.precision).freeze(build, weights)
         deepspeed, module, _ = self._spread(build, weights, train=False)
         config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
-        return ZeroFrozen(self.world, zero_setup.initialize(deepspeed, module.eval(), config=config))
+        return ZeroFrozen(self.world, zero_setup.initialize(deepspeed, module, config=config))
 
     def _spread(self, build: Build, weights: Weights, *, train: bool) -> tuple[Any, nn.Module, Any]:
         """The package, the filled module, and what rounding took from the masters (see `_fill`)."""
