@@ -32,7 +32,7 @@ class Batch:
     input_ids: Tensor  # [R, T] int64
     position_ids: Tensor  # [R, T] int64, from 0 in every segment
     boundaries: Tensor  # [S + 1] int32, first place of each segment in the packed row, then P
-    trained: Tensor  # [K] int64, flat positions, ascending
+    trained: Tensor  # [K] int64, flat positions: by segment, ascending in each; shared ones come again
     targets: Tensor  # [K] int64, token ids
     weights: Tensor  # [K] fp32, 0 = not counted
     segments: Tensor  # [K] int64, the segment of each trained position

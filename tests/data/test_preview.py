@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
-from framework.data import preview, tables
+from framework.data import answers, preview, prompts, tables
 from framework.data.mixture import Group, Mixture
+from framework.data.pairs import Pairs
 from framework.data.sources import Source
 
 
@@ -47,6 +48,37 @@ def test_trained_tokens_stand_between_marks(tokenizer, tmp_path, write):
     assert coloured.plain[trained.start : trained.end] == "Hello<|im_end|>"
     cut = printed(preview.example(table, 1, tokenizer, colours=False, limit=60))
     assert "…" in cut
+
+
+def test_pairs_labels_and_prompts_come_under_headings(tokenizer, tmp_path, write):
+    settings = {"tokenizer": tokenizer, "max_length": 256, "cache_dir": tmp_path / "cache"}
+    pair = {"prompt": "Hi", "chosen": " Hello", "rejected": " you"}
+    ranking = {"prompt": "Hi", "responses": [" one", " two", " three"], "ranks": [2, 1, 2]}
+    path = write("pairs.jsonl", [pair])
+    [pairs] = answers.prepare_comparisons([Source(path)], **settings)
+    [ranked] = answers.prepare_comparisons([Source(write("ranked.jsonl", [ranking]))], **settings)
+    shown = printed(preview.example(pairs, 0, tokenizer, colours=False))
+    tokens = pairs.lengths[0]
+    assert f"pairs.jsonl:1  {tokens} tokens, {pairs.trained[0]} trained\n── prompt, " in shown
+    assert "tokens ──\nHi\n── chosen, " in shown
+    assert "tokens ──\n⟦ Hello<|im_end|>⟧\n── rejected, " in shown
+    shown = printed(preview.example(ranked, 0, tokenizer, colours=False))
+    assert "answer 1, better than 0" in shown
+    assert "answer 2, better than 2" in shown
+    row = {"prompt": "Hi", "completion": " Hello", "label": False}
+    [labelled] = answers.prepare_labelled([Source(write("liked.jsonl", [row]))], **settings)
+    assert "── undesirable, " in printed(preview.example(labelled, 0, tokenizer, colours=False))
+    settings["max_prompt_tokens"] = settings.pop("max_length")
+    [asked] = prompts.prepare([Source(path)], **settings)
+    shown = printed(preview.example(asked, 0, tokenizer, colours=False))
+    assert f"{asked.lengths[0]} tokens, 0 trained\n── prompt, {asked.lengths[0]} tokens ──\nHi\n" in shown
+    assert "⟦" not in shown
+    mixture = Mixture(Group([pairs.trained, ranked.trained]), seed=0)
+    cut = {"sequences": 2, "tokens_per_micro": 50, "packing": True, "ranks": 1}
+    for sharing in (True, False):
+        plan = printed(preview.packed([pairs, ranked], mixture, **cut, kind=Pairs(sharing=sharing)))
+        assert (f"pairs:{tokens}" in plan) == sharing
+        assert (f"pairs:{tokens + pairs.prompts[0]}" in plan) != sharing
 
 
 def test_counts_name_what_was_dropped(tokenizer, tmp_path, write):
