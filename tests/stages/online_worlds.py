@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from online_toys import judged, packing, prompts
 
+from framework.data.shared import collate_answers
 from framework.losses.policy_gradient import ppo
 from framework.losses.value import value_loss
 from framework.models import actor_critic, load
@@ -23,12 +25,13 @@ from framework.train.trainer import accumulate
 
 def structure(directory, *, critic):
     described = load.inspect(str(directory))
-    policy = load.builder(described, attention="sdpa", head_chunk_tokens=64)
+    attention = load.attention_for(described, "auto", torch.device("cpu"), precision="fp32")
+    policy = load.builder(described, attention=attention, head_chunk_tokens=64)
     weights = load.reader(described)
     if not critic:
         return policy, weights
     scored = load.inspect(str(directory), head="score")
-    scorer = load.builder(scored, attention="sdpa", head_chunk_tokens=64)
+    scorer = load.builder(scored, attention=attention, head_chunk_tokens=64)
     head = load.reader(scored, zero_head=True)
     return actor_critic.builder(policy, scorer), actor_critic.reader(weights, head)
 
@@ -52,9 +55,13 @@ def strategy_of(name, world):
         from framework.strategy.ddp import Ddp
 
         return Ddp(world, precision="fp32")
-    from framework.strategy.fsdp2 import Fsdp
+    if name == "fsdp":
+        from framework.strategy.fsdp2 import Fsdp
 
-    return Fsdp(world, precision="fp32")
+        return Fsdp(world, precision="fp32")
+    from framework.strategy.zero import Zero
+
+    return Zero(world, stage=3, precision="fp32")
 
 
 def even_share(prompts, completions):
@@ -62,7 +69,9 @@ def even_share(prompts, completions):
     return judged([sum(t % 2 == 0 for t in c.ids) / len(c.ids) for c in completions])
 
 
-def stage(world, directory, kind, *, name="ddp", reward=even_share, plan=None, loss=None, **options):
+def stage(
+    world, directory, kind, *, name="ddp", reward=even_share, plan=None, loss=None, sharing=False, **options
+):
     """(engine, stage) with everything small."""
     critic = kind == "ppo"
     strategy = strategy_of(name, world)
@@ -96,7 +105,7 @@ def stage(world, directory, kind, *, name="ddp", reward=even_share, plan=None, l
         rollout=sampler(world, directory),
         reward=reward,
         sampling=sampling,
-        packing=packing(world),
+        packing=replace(packing(world), shared=collate_answers if sharing else None),
         seed=3,
         reference=reference,
         **options,

@@ -1,14 +1,16 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from online_toys import FixedEngine, Scripted, judged, packing, prompts
 
-from framework.errors import ConfigError
+from framework.errors import ConfigError, SapwoodError
+from framework.losses.correction import sampler_correction
 from framework.losses.items import Items
 from framework.rollout.base import Completion, Prompt, Sampling
-from framework.rollout.experience import Experience
+from framework.rollout.experience import Experience, Shaping
 from framework.stages import measures
 from framework.stages.base import Term
 from framework.stages.online import Online, Plan, Replay
@@ -283,3 +285,55 @@ def test_samples_are_rows_for_people():
         {"prompt": "1 2", "answer": "hi", "reward": 1.0, "tokens": 1, "finished": True},
         {"prompt": "1 2", "answer": "", "reward": None, "tokens": 1, "finished": False},
     ]
+
+
+def test_weights_for_what_the_sampler_saw_differently():
+    """The script says -1 nat a token, the trainer -t / 100: ratios e^(1 - t / 100), at most 2."""
+    correction = partial(sampler_correction, level="token", outside="truncate", low=0.0, high=2.0)
+    (term,) = stage(Plan(prompts=4, sequences=8), correction=correction).next(0)
+    for batch in term.micros:
+        expected = (1 - batch.targets / 100).exp().clamp(max=2.0)
+        torch.testing.assert_close(batch.correction, expected)
+
+
+def test_a_correction_needs_a_sampler_that_keeps_its_log_probabilities():
+    class Silent(Scripted):
+        def _answer(self, prompt, sample):
+            return replace(super()._answer(prompt, sample), logps=())
+
+    rl = stage(rollout=Silent())
+    rl.next(0)
+    assert not [name for name in rl.reports()[0][1] if name.startswith("mismatch")]
+    with pytest.raises(SapwoodError, match="correction=null"):
+        stage(rollout=Silent(), correction=partial(sampler_correction, level="token")).next(0)
+
+
+def test_scores_are_shaped_before_they_are_learnt_from():
+    """Answers of 3, 1, 2 and 4 tokens, one a token; those of 4 did not end and lose 10."""
+    rl = stage(Plan(prompts=4, sequences=8), shaping=Shaping(missing_eos_penalty=10.0, running=True))
+    rl.next(0)
+    (_, metrics), _ = rl.reports()
+    assert metrics["reward"] == 2.5  # as the reward gave it
+    assert metrics["score"] == pytest.approx(-10 * 2 / 8)  # normalised to mean 0, then punished
+    assert rl.state_dict()["scores"] == {"count": 8.0, "mean": 2.5, "squares": 10.0}
+    again = stage()
+    again.load_state_dict(rl.state_dict())
+    assert again.seen == rl.seen
+
+
+def test_a_loss_gets_what_it_names_and_no_more():
+    asked = {}
+
+    def greedy(logps, old_logps, weight, segments, entropies, advantages, correction=None, *, scale=1.0):
+        asked.update(segments=segments, entropies=entropies, correction=correction)
+        return Items(-scale * logps, weight)
+
+    rl = stage()
+    (term,) = rl.next(0)
+    objective = PolicyObjective(greedy, temperature=0.7)
+    assert objective.needs == {"entropies"}
+    objective(rl.engine, term.micros[0])
+    assert asked["segments"] is not None
+    assert asked["entropies"].tolist() == [1.0] * len(term.micros[0].trained)
+    assert asked["correction"] is None
+    assert objective.distance(WORLD) == 0.0

@@ -19,10 +19,17 @@ def test_one_rank_and_two_draw_the_same_curve(tiny_model_dir, kind):
     (alone,) = workers.run(1, online_worlds.curve, tiny_model_dir, kind, steps=5)
     assert len(alone["rollouts"]) >= 2
     assert alone["norm"][0] > 1e-3
-    for name in ("ddp", "fsdp"):
+    assert max(metrics["mismatch/max"] for metrics in alone["rollouts"]) < 1e-4  # nats, both in fp32
+    for name in ("ddp", "fsdp", "zero3"):
         both = workers.run(2, online_worlds.curve, tiny_model_dir, kind, steps=5, name=name)
         assert both[0] == both[1]
         close(both[0], alone)
+
+
+def test_a_prompt_read_once_for_all_its_answers_changes_nothing(tiny_model_dir):
+    (apart,) = workers.run(1, online_worlds.curve, tiny_model_dir, "grpo", steps=3)
+    (shared,) = workers.run(1, online_worlds.curve, tiny_model_dir, "grpo", steps=3, sharing=True)
+    close(shared, apart)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])

@@ -185,7 +185,7 @@ def test_policy_and_value_loss_add_up_per_token():
     assert both.objective(1) is both.objective(5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
 def test_the_critic_can_warm_up_alone(tiny_model_dir, name):
     for moved in workers.run(2, warmed_up, tiny_model_dir, name):
         assert moved == [(False, True), (True, True)]
