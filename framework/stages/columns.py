@@ -119,15 +119,17 @@ def write(directory: Path, answers: Iterable[tuple[Batch, Tensor]], *, world: Wo
     if world.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
     writer = _Writer(building, world.rank)
-    for batch, values in answers:  # forward passes are collective: a rank that cannot write goes on
-        writer.append(batch, values)
-    entry = writer.close()
-    ranks = world.gather({"problem": writer.problem, "arrays": entry})
-    problem = next((rank["problem"] for rank in ranks if rank["problem"]), None)
-    if world.rank == 0 and problem is None:
-        problem = _publish(building, directory, {"format": FORMAT, "ranks": [r["arrays"] for r in ranks]})
-    problem = world.broadcast(problem)
-    shutil.rmtree(building, ignore_errors=True)
+    try:
+        for batch, values in answers:  # forward passes are collective: a rank that cannot write goes on
+            writer.append(batch, values)
+        entry = writer.close()
+        ranks = world.gather({"problem": writer.problem, "arrays": entry})
+        problem = next((rank["problem"] for rank in ranks if rank["problem"]), None)
+        if world.rank == 0 and problem is None:
+            problem = _publish(building, directory, {"format": FORMAT, "ranks": [r["arrays"] for r in ranks]})
+        problem = world.broadcast(problem)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     if problem is not None:
         raise CheckpointError(f"the reference's columns cannot be written: {problem}")
     if not whole(directory, world=world):

@@ -32,14 +32,14 @@ INPUTS = ("policy", "reference", "desirable", "weight", "baseline", *EXTRAS)
 
 
 class Answers(Protocol):
-    """What a loader of labelled answers hands over for one optimizer step, or all of a held-out set."""
+    """What a loader of labelled answers hands over for one optimizer step, or a held-out set on this rank."""
 
     @property
     def micros(self) -> Sequence[LabelledBatch]: ...
 
     @property
     def mismatched(self) -> Sequence[LabelledBatch]:
-        """The step's answers to other prompts of the step, on each rank as many micro-batches."""
+        """The same prompts with others' answers, for KTO's baseline; empty where nothing asks for it."""
 
 
 class Taken(Answers, Protocol):
@@ -49,8 +49,8 @@ class Taken(Answers, Protocol):
     def stats(self) -> Mapping[str, float]: ...
 
 
-class Labelled(NamedTuple):
-    """A held-out set on this rank. Only KTO's baseline needs `mismatched`."""
+class Asked(NamedTuple):
+    """Answers with the reference's log-probabilities."""
 
     micros: Sequence[LabelledBatch]
     mismatched: Sequence[LabelledBatch] = ()
@@ -110,7 +110,7 @@ class Unpaired:
         self,
         loader: AnswerLoader,
         objective: AnswerObjective,
-        held_out: Mapping[str, Labelled],
+        held_out: Mapping[str, Answers],
         *,
         engine: Engine,
         reference: Reference | None = None,
@@ -122,7 +122,7 @@ class Unpaired:
         self.loader, self.objective, self.engine = loader, objective, engine
         self.reference, self.baseline, self.beta = reference, baseline, beta
         self.mean, self.seen = 0.0, 0.0  # of BCO's rewards, and of how many answers
-        self._asked: dict[str, Labelled] = {}  # held-out sets with the reference's answers
+        self._asked: dict[str, Asked] = {}  # held-out sets with the reference's answers
         self._held_out = {
             name: Term(objective, Coupled(len(found.micros), partial(self._again, name, found)))
             for name, found in held_out.items()
@@ -156,15 +156,15 @@ class Unpaired:
         self.loader.load_state_dict({"index": int(state["index"])})
         self.mean, self.seen = float(state["mean"]), float(state["seen"])
 
-    def _again(self, name: str, found: Labelled) -> Sequence[LabelledBatch]:
+    def _again(self, name: str, found: Answers) -> Sequence[LabelledBatch]:
         if name not in self._asked:
             self._asked[name] = self._refer(found)
         return self._couple(self._asked[name])
 
-    def _refer(self, found: Answers) -> Labelled:
+    def _refer(self, found: Answers) -> Asked:
         """With the reference's log-probabilities, where they are wanted."""
         if self.reference is None:
-            return Labelled(found.micros)
+            return Asked(found.micros)
         groups = [found.micros]
         if "baseline" in self.objective.inputs and self.baseline == "mismatched":
             groups.append(found.mismatched)
@@ -175,9 +175,9 @@ class Unpaired:
             ]
             for micros in groups
         ]
-        return Labelled(*asked)
+        return Asked(*asked)
 
-    def _couple(self, found: Labelled) -> Sequence[LabelledBatch]:
+    def _couple(self, found: Asked) -> Sequence[LabelledBatch]:
         """With the baseline of the whole step, where the loss wants one."""
         if "baseline" not in self.objective.inputs:
             return found.micros

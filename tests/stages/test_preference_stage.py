@@ -215,4 +215,5 @@ def test_the_stage_is_where_its_loader_is():
     assert stage.state_dict() == {"index": 1}
     stage.load_state_dict({"index": 5})
     assert stage.state_dict() == {"index": 5}
-    assert stage.resting and not stage.reports()
+    assert stage.resting
+    assert not stage.reports()
