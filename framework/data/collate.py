@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from framework.batch import Batch
+from framework.data.shared import int64
 from framework.data.tables import Table
 
 Where = Sequence[tuple[int, int]]
@@ -96,13 +97,13 @@ def collate(examples: Sequence[Example], sources: Sequence[int], *, packing: boo
     trained = np.concatenate([begin + at for begin, at in zip(begins, learnt, strict=True)])
     targets = np.concatenate([ids[1:][at] for (ids, _), at in zip(examples, learnt, strict=True)])
     return Batch(
-        input_ids=_tensor(rows),
-        position_ids=_tensor(positions),
+        input_ids=int64(rows),
+        position_ids=int64(positions),
         boundaries=torch.from_numpy(boundaries.astype(np.int32)),
-        trained=_tensor(trained),
-        targets=_tensor(targets),
+        trained=int64(trained),
+        targets=int64(targets),
         weights=torch.ones(len(trained)),
-        segments=_tensor(np.repeat(np.arange(len(examples)), [len(at) for at in learnt])),
+        segments=int64(np.repeat(np.arange(len(examples)), [len(at) for at in learnt])),
         sources=torch.tensor(sources, dtype=torch.int64),
         packed=packing,
         max_length=longest,
@@ -129,7 +130,3 @@ def fill(*, packing: bool, pad_id: int) -> Batch:
         max_length=2,
         units=0.0,
     )
-
-
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

@@ -54,7 +54,7 @@ def lay_out(
         begins, tokens = np.arange(len(segments)) * longest, np.full((len(segments), longest), pad_id)
         for row, whole in zip(tokens, wholes, strict=True):
             row[: len(whole)] = whole
-        positions = np.broadcast_to(np.arange(longest), tokens.shape)
+        positions = np.broadcast_to(np.arange(longest), tokens.shape).copy()
     before = [
         begin + len(trees[t].prompt) - 1 + np.arange(len(trees[t].answers[k]))
         for begin, (t, k) in zip(begins, segments, strict=True)
@@ -144,4 +144,5 @@ def collate_answers(
 
 
 def int64(values: np.ndarray) -> torch.Tensor:
+    """A tensor of indices or token ids."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
