@@ -33,26 +33,26 @@ ROOM = 32  # tokens that an answer's cache has room for at first; it doubles
 
 
 class Read:
-    """Keys and values of tokens read in one forward pass, by layer, where transformers expects a cache."""
+    """Keys and values of tokens read in one forward pass: of every attention call, in the order of calls.
+
+    Kept where attention gets them, not where a model hands them to its cache: some models cache something
+    smaller and make keys and values of it.
+    """
 
     def __init__(self) -> None:
-        self.keys: dict[int, Tensor] = {}  # each [N, G, P, D]
-        self.values: dict[int, Tensor] = {}
+        self.keys: list[Tensor] = []  # each [N, G, P, D]
+        self.values: list[Tensor] = []
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values; attention gets them as its own level."""
-        self.keys[layer], self.values[layer] = keys.contiguous(), values.contiguous()
-        return self.keys[layer], self.values[layer]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens before these, as far as a model asks: positions are always given."""
-        return 0
+    def keep(self, call: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what attention call number `call` got; returns all there is of it."""
+        self.keys.append(keys.contiguous())
+        self.values.append(values.contiguous())
+        return self.keys[call], self.values[call]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows alone."""
         for store in (self.keys, self.values):
-            for layer, tensor in store.items():
-                store[layer] = tensor.index_select(0, rows)
+            store[:] = [tensor.index_select(0, rows) for tensor in store]
 
 
 class Written(Read):
@@ -63,20 +63,31 @@ class Written(Read):
         self.most = most  # tokens that an answer may have
         self.length = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token [B, G, 1, D] behind the others; returns all of them."""
-        answer = []
-        for store, new in ((self.keys, keys), (self.values, values)):
-            rows, groups, _, width = new.shape
-            room = store[layer].shape[2] if layer in store else 0
-            if self.length == room:
-                wider = new.new_empty(rows, groups, min(max(ROOM, 2 * room), self.most), width)
-                if room:
-                    wider[:, :, :room] = store[layer]
-                store[layer] = wider
-            store[layer][:, :, self.length] = new[:, :, 0]
-            answer.append(store[layer][:, :, : self.length + 1])
-        return answer[0], answer[1]
+    def keep(self, call: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token [B, G, 1, D] behind the others."""
+        return self._write(self.keys, call, keys), self._write(self.values, call, values)
+
+    def _write(self, store: list[Tensor], call: int, new: Tensor) -> Tensor:
+        rows, groups, _, width = new.shape
+        room = store[call].shape[2] if call < len(store) else 0
+        if self.length == room:
+            wider = new.new_empty(rows, groups, min(max(ROOM, 2 * room), self.most), width)
+            if room:
+                wider[:, :, :room] = store[call]
+            store[call : call + 1] = [wider]
+        store[call][:, :, self.length] = new[:, :, 0]
+        return store[call][:, :, : self.length + 1]
+
+
+class _NoCache:
+    """Stands where transformers expects a cache: attention does the keeping."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """As far as a model asks: positions are always given."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -117,13 +128,15 @@ class Layout:
 
 @dataclass
 class Sight:
-    """What the queries of one forward pass see besides what `update` returns for them."""
+    """What the queries of one forward pass see, and where their own keys and values are kept."""
 
+    own: Read
     queries: Tensor  # [B, L] positions of the queries
     keys: Tensor  # [B, C + P + own] positions of all keys, level by level
     prefix: Read | None
     prompts: Read | None = None
     layout: Layout | None = None
+    calls: int = 0  # of attention so far
     _hidden: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def hidden(self, window: int | None) -> Tensor | None:
@@ -165,23 +178,25 @@ def _attention(
     strange = [name for name in FOREIGN if others.get(name) is not None]
     if decoding is None or attention_mask is not None or strange:
         raise ModelError(
-            f"{type(module).__name__} cannot be rolled out in this process: its attention is not told what the "
-            "rows of a batch share, or asks for more than keys and values. Use rollout=vllm"
+            f"{type(module).__name__} cannot be rolled out in this process: its attention is not told what "
+            "the rows of a batch share, or asks for more than keys and values. Use rollout=vllm"
         )
     rules = _Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    call = decoding.calls
+    decoding.calls += 1
+    key, value = decoding.own.keep(call, key, value)
     hidden = decoding.hidden(sliding_window)
     rows, heads, length, _ = query.shape
     block = max(1, SCORES // (rows * heads * decoding.keys.shape[1]))
     parts = []
     for start in range(0, length, block):
         seen = None if hidden is None else hidden[:, :, :, start : start + block]
-        parts.append(_attend(query[:, :, start : start + block], key, value, layer, decoding, seen, rules))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+        parts.append(_attend(query[:, :, start : start + block], key, value, call, decoding, seen, rules))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous(), None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, layer: int, sight: Sight, hidden: Tensor | None, rules: _Rules
+    query: Tensor, key: Tensor, value: Tensor, call: int, sight: Sight, hidden: Tensor | None, rules: _Rules
 ) -> Tensor:
     """One softmax over the levels: each is one product for scores and one for values."""
     rows, heads, length, width = query.shape
@@ -190,12 +205,12 @@ def _attend(
     scores = torch.empty(*q.shape[:3], sight.keys.shape[1], dtype=torch.float32, device=q.device)
     start = 0
     if sight.prefix is not None:
-        shared = sight.prefix.keys[layer][0]  # [G, C, D]
+        shared = sight.prefix.keys[call][0]  # [G, C, D]
         flat = q.transpose(0, 1).flatten(1, 2)  # [G, B * H / G * L, D]
         start = shared.shape[1]
         scores[..., :start] = (flat @ shared.transpose(1, 2)).unflatten(1, (rows, -1)).transpose(0, 1)
     if sight.prompts is not None and sight.layout is not None:
-        asked = sight.prompts.keys[layer]  # [N, G, P, D]
+        asked = sight.prompts.keys[call]  # [N, G, P, D]
         products = sight.layout.fold(q) @ asked.transpose(2, 3)
         scores[..., start : start + asked.shape[2]] = sight.layout.unfold(products)
         start += asked.shape[2]
@@ -203,11 +218,11 @@ def _attend(
     weights = _softmax(scores.mul_(rules.scale), heads, length, hidden, rules).to(value.dtype)
     out = weights[..., start:] @ value
     if sight.prompts is not None and sight.layout is not None:
-        said = sight.prompts.values[layer]
+        said = sight.prompts.values[call]
         part = sight.layout.fold(weights[..., start - said.shape[2] : start])
         out += sight.layout.unfold(part @ said)
     if sight.prefix is not None:
-        said = sight.prefix.values[layer][0]
+        said = sight.prefix.values[call][0]
         part = weights[..., : said.shape[1]].transpose(0, 1).flatten(1, 2)
         out += (part @ said).unflatten(1, (rows, -1)).transpose(0, 1)
     return out.reshape(rows, heads, length, -1).transpose(1, 2)
@@ -254,7 +269,7 @@ class Decoder:
             ids = torch.tensor([list(shared)], device=lm.device)
             places = torch.arange(len(shared), device=lm.device)[None]
             self.prefix = Read()
-            self._forward(ids, self.prefix, Sight(places, places, None))
+            self._forward(ids, Sight(self.prefix, places, places, None))
         self.shared = len(shared)
 
     def run(
@@ -321,7 +336,7 @@ class Decoder:
         )
         read = Read()
         keys = torch.cat([self._shared_places(len(own)), places], dim=1)
-        logits = self._forward(padded, read, Sight(places, keys, self.prefix))
+        logits = self._forward(padded, Sight(read, places, keys, self.prefix))
         return read, places, logits
 
     def _next(
@@ -331,12 +346,12 @@ class Decoder:
         start = lengths[layout.owner][:, None]  # [B, 1] where each answer begins
         own = start + torch.arange(written.length + 1, device=start.device)
         seen = torch.cat([self._shared_places(len(tokens)), keys[layout.owner], own], dim=1)
-        sight = Sight(start + written.length, seen, self.prefix, read, layout)
-        logits = self._forward(tokens[:, None], written, sight)
+        sight = Sight(written, start + written.length, seen, self.prefix, read, layout)
+        logits = self._forward(tokens[:, None], sight)
         written.length += 1
         return logits
 
-    def _forward(self, ids: Tensor, cache: Read, sight: Sight) -> Tensor:
+    def _forward(self, ids: Tensor, sight: Sight) -> Tensor:
         places = sight.queries.where(sight.queries < NOWHERE, 0)
         # By index: the slice that a number would mean is not contiguous, and its product with the head copies
         # the head once for every row.
@@ -344,7 +359,7 @@ class Decoder:
         out = self.lm(
             input_ids=ids,
             position_ids=places,
-            past_key_values=cache,
+            past_key_values=_NoCache(),
             use_cache=True,
             logits_to_keep=last,
             **{KEYWORD: sight},

@@ -31,8 +31,8 @@ class HfRollout:
     """A `Rollout` in the trainer's process: every rank holds a whole copy of the policy on its device.
 
     `build` makes the transformers causal language model, its values meaning nothing yet; it is brought to
-    `dtype` (its buffers stay as they are) and filled by `update`. Answers end at the tokenizer's end token and
-    at those that its `generation_config` names. `world` is the ranks that answer together. `batch_size`
+    `dtype` (its buffers stay as they are) and filled by `update`. Answers end at the tokenizer's end token
+    and at those that the model's `generation_config` names. `world` is the ranks that answer together. `batch_size`
     answers are decoded at a time on a rank: with N ranks, no more than an N-th of an iteration's answers, or
     ranks will wait. `lora_scaling` is alpha / rank where the policy has adapters.
     """
@@ -90,9 +90,9 @@ class HfRollout:
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         if room is not None and longest + sampling.max_new_tokens > room:
             raise ConfigError(
-                f"a prompt has {longest} tokens and an answer may have {sampling.max_new_tokens}, but the model "
-                f"has {room} positions; type rollout.max_new_tokens={max(1, room - longest)} or less, or drop "
-                "longer prompts"
+                f"a prompt has {longest} tokens and an answer may have {sampling.max_new_tokens}, but the "
+                f"model has {room} positions; type rollout.max_new_tokens={max(1, room - longest)} or less, "
+                "or drop longer prompts"
             )
 
 

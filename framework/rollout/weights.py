@@ -52,7 +52,9 @@ def fill(lm: Any, weights: Iterable[tuple[str, Tensor]], *, lora_scaling: float 
         filled.add(name)
     absent = sorted((set(parameters) - filled) | set(layers))
     if absent:
-        raise ValueError(f"the update lacks {len(absent)} parameters of the rollout's model, such as {absent[0]}")
+        raise ValueError(
+            f"the update lacks {len(absent)} parameters of the rollout's model, such as {absent[0]}"
+        )
 
 
 def _merged(layer: Any, came: dict[str, Tensor], scaling: float) -> Tensor:

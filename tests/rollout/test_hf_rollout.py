@@ -278,6 +278,10 @@ def test_chunks_hold_whole_groups_of_similar_length():
     """Lengths 1 to 5, two samples, at most five answers: two prompts a chunk, the longest first."""
     asked = [Prompt((0,) * length, length) for length in (3, 1, 5, 2, 4)]
     chunks = cut(asked, 2, 5)
-    assert [[asked[index].index for index, _ in chunk] for chunk in chunks] == [[5, 5], [4, 4, 3, 3], [2, 2, 1, 1]]
+    assert [[asked[index].index for index, _ in chunk] for chunk in chunks] == [
+        [5, 5],
+        [4, 4, 3, 3],
+        [2, 2, 1, 1],
+    ]
     assert [sample for _, sample in chunks[1]] == [0, 1, 0, 1]
     assert [len(chunk) for chunk in cut(asked[:1], 7, 3)] == [2, 2, 3]

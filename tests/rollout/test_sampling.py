@@ -27,12 +27,14 @@ def test_a_token_is_where_the_distribution_function_passes_the_number():
 
 
 def test_temperature_and_nucleus_change_the_law_and_its_log_probabilities():
-    """Temperature 1/2 squares: 4/16... of p = 1/2, 1/4, 1/4 gives 4, 1, 1 of 6. The nucleus of .7 of 1/2, 1/4,
-    1/8, 1/8 is the first two: 2/3 and 1/3. The two likeliest of 1/2, 1/4, 1/4 are three, since two are alike."""
+    """Temperature 1/2 squares: 1/2, 1/4, 1/4 become 4, 1, 1 of 6. The nucleus of .7 of 1/2, 1/4, 1/8, 1/8 is
+    the first two: 2/3 and 1/3. The two likeliest of 1/2, 1/4, 1/4 are three, since two are alike."""
     tokens, logps = draw([math.log(p) for p in (0.5, 0.25, 0.25)], [0.6, 0.7], temperature=0.5)
     assert tokens == [0, 1]
     assert logps == pytest.approx([math.log(4 / 6), math.log(1 / 6)])
-    tokens, logps = draw([math.log(p) for p in (0.5, 0.25, 0.125, 0.125)], [0.66, 0.67, ALMOST_ONE], top_p=0.7)
+    tokens, logps = draw(
+        [math.log(p) for p in (0.5, 0.25, 0.125, 0.125)], [0.66, 0.67, ALMOST_ONE], top_p=0.7
+    )
     assert tokens == [0, 1, 1]
     assert logps == pytest.approx([math.log(2 / 3), math.log(1 / 3), math.log(1 / 3)])
     tokens, logps = draw([math.log(p) for p in (0.5, 0.25, 0.25)], [0.9], top_k=2)
