@@ -111,10 +111,10 @@ def loss(lm: Any, table: Table) -> float:
     """Mean nats of all trained tokens of a table."""
     total, count = 0.0, 0
     for row in range(len(table)):
-        ids, trained = (torch.as_tensor(part) for part in table.example(row))
+        ids, trained = (torch.tensor(part) for part in table.example(row))
         targets = trained[1:].nonzero()[:, 0] + 1  # [K] places of trained tokens that have one before them
         logps = _log_probabilities(lm, ids.tolist(), targets - 1)
-        total -= float(logps.gather(1, ids[targets].to(logps.device)[:, None].long()).sum())
+        total -= float(logps.gather(1, ids[targets, None].to(logps.device).long()).sum())
         count += len(targets)
     return total / count
 
