@@ -1,6 +1,7 @@
-"""A reward model as a reward: it reads prompt and answer and says one number at the last token.
+"""Rewards over several ranks: plain functions that share the work out, and a reward model.
 
-Letters: N answers, S segments of a micro-batch.
+A reward model reads prompt and answer and says one number at the last token. Letters: N answers, S segments
+of a micro-batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from framework.batch import Batch, Scores
 from framework.rollout.base import Completion, Prompt
 from framework.rollout.experience import Experience, Packing, cut
+from framework.stages.asking import Reward
 from framework.stages.sharing import everywhere
 from framework.strategy.base import World
 
@@ -24,6 +26,34 @@ class Scored:
 
     scores: Tensor  # [N] fp64
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Dealt:
+    """A reward that knows no ranks, asked for its share of the answers on each of them.
+
+    Every rank gets all scores, those that were computed: a judge that takes time or chance into account
+    cannot make ranks disagree. A metric is the mean over answers.
+    """
+
+    def __init__(self, reward: Reward, *, world: World) -> None:
+        self.reward, self.world = reward, world
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scored:
+        """[N] scores, alike on all ranks. Collective."""
+        rank, size = self.world.rank, self.world.size
+        mine = prompts[rank::size], completions[rank::size]
+        said = self.reward(*mine) if mine[0] else Scored(torch.empty(0))
+        ranks = self.world.gather({"scores": said.scores.tolist(), "metrics": dict(said.metrics)})
+        scores = torch.empty(len(completions), dtype=torch.float64)
+        sums: dict[str, list[float]] = {}
+        for r, answer in enumerate(ranks):
+            count = len(answer["scores"])
+            scores[r::size] = torch.tensor(answer["scores"], dtype=torch.float64)
+            for name, value in answer["metrics"].items():
+                entry = sums.setdefault(name, [0.0, 0.0])
+                entry[0] += count * value
+                entry[1] += count
+        return Scored(scores, {name: total / count for name, (total, count) in sums.items()})
 
 
 class ModelReward:

@@ -9,7 +9,6 @@ The algorithm comes in as a `Method`. Letters: N answers, Q answer tokens.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from framework.batch import Outputs
 from framework.errors import ConfigError, SapwoodError
 from framework.keyed import key
 from framework.losses.items import Objective
-from framework.rollout.base import Completion, Prompt, Rollout, Sampling
+from framework.rollout.base import Rollout, Sampling
 from framework.rollout.experience import (
     Averaging,
     Experience,
@@ -31,32 +30,13 @@ from framework.rollout.experience import (
     Shaping,
     minibatches,
     rollout_batches,
-    spread,
 )
 from framework.stages import measures, sharing
+from framework.stages.asking import Clock, Prompts, Reward, ask, check_failures
 from framework.stages.base import Term
 from framework.stages.policy_objective import PolicyObjective
 from framework.stages.sft import Loader
 from framework.strategy.base import Engine
-
-Prompts = Callable[[int, int], Sequence[Prompt]]
-"""(start, stop) -> the prompts at these places of an endless stream; always the same ones."""
-
-
-class Judged(Protocol):
-    """What a reward says of N answers."""
-
-    @property
-    def scores(self) -> Tensor:
-        """[N] fp64, NaN where judging failed."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-
-
-Reward = Callable[[Sequence[Prompt], Sequence[Completion]], Judged]
-"""The prompt of each answer, the answers -> what they are worth, alike on all ranks. Collective."""
-
 
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(old_logps, sampler_logps, owners) -> weights, [Q] each; a bound `losses.correction.sampler_correction`."""
@@ -92,10 +72,9 @@ class Plan:
     sequences: int  # answers in an optimizer step, over all ranks
     epochs: int = 1  # times that every answer is trained on
     averaging: Averaging = "token"
-    extra_prompts: int = (
-        0  # prompts drawn at most to replace those whose answers all scored alike; 0: keep them
-    )
+    extra_prompts: int = 0  # drawn at most in place of those whose answers all scored alike; 0: keep these
     mask_truncated: bool = False  # answers that did not end by themselves are judged but not trained on
+    max_failed_share: float = 0.5  # of an iteration's rewards; when more fail, the run stops
     stop_kl: float | None = None  # nats per token from the iteration's first policy that end its epochs
     shown: int = 4  # answers in a "samples" report
 
@@ -231,10 +210,23 @@ class Online:
 
     def _iterate(self, step: int) -> None:
         """Roll out and fill the queue."""
-        clock = _Clock()
+        clock = Clock()
         self.rollout.update(self.engine.weights(), version=step)
         clock.lap("update")
-        experience, stop, metrics = self._answers(clock)
+        asked = ask(
+            self.prompts,
+            self.rollout,
+            self.reward,
+            self.sampling,
+            start=self.index,
+            wanted=self.plan.prompts,
+            extra=self.plan.extra_prompts,
+            clock=clock,
+        )
+        experience, metrics = asked.experience, dict(asked.metrics)
+        check_failures(experience, self.plan.max_failed_share)
+        if self.plan.mask_truncated:
+            experience = replace(experience, counted=experience.counted & experience.finished)
         experience = self._known(experience)
         clock.lap("forward")
         metrics |= measures.of_rollout(experience)
@@ -244,7 +236,7 @@ class Online:
         metrics |= {**estimated, **measures.of_advantages(experience)}
         slowest = self.engine.world.max(list(clock.seconds.values()))
         metrics |= {f"seconds/{name}": s for name, s in zip(clock.seconds, slowest, strict=True)}
-        metrics |= {"iteration": self.iteration, "data_index": stop, "step": step}
+        metrics |= {"iteration": self.iteration, "data_index": asked.stop}
         for epoch in range(self.plan.epochs):
             order = torch.Generator().manual_seed(key(self.seed, "minibatches", self.iteration, epoch))
             self._queue.extend(minibatches(experience, sequences=self.plan.sequences, order=order))
@@ -254,56 +246,10 @@ class Online:
             self._reports.append(
                 ("samples", {"rows": measures.rows(experience, self.plan.shown, self.decode)})
             )
-        self.index = stop
+        self.index = asked.stop
         self.iteration += 1
         self._unchecked = False
         self.method.objective(self.iteration - 1).forget()
-
-    def _answers(self, clock: _Clock) -> tuple[Experience, int, dict[str, float]]:
-        """Judged answers to this iteration's prompts, the stream's place after them, metrics.
-
-        With `extra_prompts`, groups without spread are replaced by further prompts while there are any;
-        when not one group is left, the first ones stay: they teach nothing, but a run goes on.
-        """
-        groups: list[tuple[Prompt, list[Completion], Tensor]] = []
-        first: list[tuple[Prompt, list[Completion], Tensor]] = []
-        judged: list[Mapping[str, float]] = []
-        start, drawn, flat_groups = self.index, 0, 0
-        most = self.plan.prompts + self.plan.extra_prompts
-        while len(groups) < self.plan.prompts and drawn < most:
-            count = min(self.plan.prompts - len(groups), most - drawn)
-            prompts = list(self.prompts(start + drawn, start + drawn + count))
-            drawn += count
-            answers = self.rollout.generate(prompts, self.sampling)
-            clock.lap("generate")
-            rewards, metrics = self._judge(prompts, answers)
-            clock.lap("reward")
-            judged.append(metrics)
-            varied = spread(rewards.flatten(), _numbers(answers)).tolist()
-            flat_groups += len(varied) - sum(varied)
-            found = list(zip(prompts, answers, rewards, strict=True))
-            first = first or found
-            groups += [
-                group
-                for group, keep in zip(found, varied, strict=True)
-                if keep or not self.plan.extra_prompts
-            ]
-        groups = groups or first
-        prompts = [prompt for prompt, _, _ in groups]
-        experience = Experience.of(prompts, [a for _, a, _ in groups], torch.cat([r for _, _, r in groups]))
-        if self.plan.mask_truncated:
-            experience = replace(experience, counted=experience.counted & experience.finished)
-        metrics = {name: sum(m[name] for m in judged) / len(judged) for name in judged[0]}
-        metrics |= {"prompts_drawn": drawn, "groups_without_spread_share": flat_groups / drawn}
-        return experience, start + drawn, metrics
-
-    def _judge(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]
-    ) -> tuple[Tensor, Mapping[str, float]]:
-        """[groups, G] fp64 rewards and the reward's own metrics."""
-        each = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
-        judged = self.reward(each, [completion for group in answers for completion in group])
-        return judged.scores.double().reshape(len(answers), -1), judged.metrics
 
     def _known(self, experience: Experience) -> Experience:
         """With what the trainer and the reference say of the answers before the first update."""
@@ -324,9 +270,12 @@ class Online:
             )
             if self.reference is None:
                 return experience
-            ask = self.reference
+            start_model = self.reference
             theirs = sharing.over_tokens(
-                self.engine.world, experience, self.packing, lambda b: {"logps": ask(b, **temperature).logps}
+                self.engine.world,
+                experience,
+                self.packing,
+                lambda batch: {"logps": start_model(batch, **temperature).logps},
             )
         return replace(experience, reference_logps=theirs["logps"])
 
@@ -349,32 +298,14 @@ class Online:
         """Facts of a step, alike on all ranks."""
         experience = self._experience
         assert experience is not None
-        counted = experience.counted & (experience.lengths > 0)
+        trained = (experience.lengths * experience.counted).tolist()
         return {
             "tokens": float(sum(experience.total(s) for s in chosen)),
-            "trained_tokens": float(sum(int(experience.lengths[s]) for s in chosen if counted[s])),
+            "trained_tokens": float(sum(trained[s] for s in chosen)),
             "sequences": float(len(chosen)),
             "micros": float(micros),
             "data_index": float(self.index),
         }
-
-
-class _Clock:
-    """Seconds of each phase of an iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def _numbers(answers: Sequence[Sequence[Completion]]) -> Tensor:
-    """[N] the group of each answer."""
-    return torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(g) for g in answers]))
 
 
 def _stopped(kl: float, limit: float, left: int) -> str:

@@ -62,3 +62,35 @@ def test_ranks_without_answers_still_ask_the_model():
     world = SimpleNamespace(rank=1, size=2, sum=lambda values: list(values))
     ModelReward(model, packing=packing(world), world=world)(prompts(0, 1), ANSWERS[:1])
     assert len(asked) == 1
+
+
+def odd_ones_fail(world):
+    """Each rank's judge knows its rank and fails on answers of odd length."""
+    from framework.stages.judge import Dealt, Scored
+
+    def reward(prompts, completions):
+        scores = [float("nan") if len(c.ids) % 2 else 10.0 * world.rank + len(c.ids) for c in completions]
+        return Scored(torch.tensor(scores), {"rank": float(world.rank), "calls": 1.0})
+
+    said = Dealt(reward, world=world)(prompts(0, 5), ANSWERS)
+    return said.scores.nan_to_num(-1).tolist(), said.metrics
+
+
+def test_ranks_share_out_a_plain_reward_and_agree():
+    """Answers of 3, 1, 5, 2, 4 tokens: rank 0 judges three of them, so the mean rank is 2 / 5."""
+    for scores, metrics in workers.run(2, odd_ones_fail):
+        assert scores == [-1, -1, -1, 12, 4]
+        assert metrics == pytest.approx({"rank": 0.4, "calls": 1.0})
+
+
+def test_more_ranks_than_answers():
+    from framework.stages.judge import Dealt, Scored
+
+    def reward(prompts, completions):
+        assert prompts
+        return Scored(torch.ones(1))
+
+    idle = SimpleNamespace(
+        rank=2, size=3, gather=lambda mine: [{"scores": [1.0], "metrics": {}}] * 2 + [mine]
+    )
+    assert Dealt(reward, world=idle)(prompts(0, 2), ANSWERS[:2]).scores.tolist() == [1.0, 1.0]

@@ -169,8 +169,20 @@ def test_a_failed_reward_is_left_out_and_never_a_zero():
         assert (batch.advantages[batch.weights == 0] == 0).all()
 
 
+def test_a_reward_that_keeps_failing_stops_the_run():
+    def hostile(prompts, completions):
+        return judged([1.0 if i % 4 == 0 else math.inf for i in range(len(completions))])
+
+    with pytest.raises(SapwoodError, match="failed on 75%"):
+        stage(reward=hostile).next(0)
+    stage(Plan(prompts=4, sequences=4, max_failed_share=0.75), reward=hostile).next(0)
+
+
 def test_an_iteration_in_which_every_reward_failed_trains_on_nothing():
-    rl = stage(reward=lambda p, c: judged([math.nan] * len(c)))
+    rl = stage(
+        Plan(prompts=4, sequences=4, max_failed_share=1.0),
+        reward=lambda p, c: judged([math.nan] * len(c)),
+    )
     (term,) = rl.next(0)
     assert sum(batch.units for batch in term.micros) == 0
     (_, metrics), _ = rl.reports()
