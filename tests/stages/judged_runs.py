@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from functools import partial
@@ -175,3 +176,121 @@ def reward(
     lines = train(stage, engine, range(steps), lr)
     after = evaluate(engine, stage.held_out())
     return {"lines": lines, "before": before, "after": after, **baselines, "moments": stage.moments()["held"]}
+
+
+WORDS = "the capital of France is Paris one two three four five words list story".split()
+
+
+def write_comparisons(path: Any, count: int = 24) -> None:
+    """Pairs and rankings of three answers, in words."""
+    draw = random.Random(0)
+
+    def say(most: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
+
+    with path.open("w") as file:
+        for row in range(count):
+            answers = [f"{say(6)} {n}" for n in range(3 if row % 3 == 0 else 2)]
+            file.write(
+                json.dumps({"prompt": [{"role": "user", "content": say(9)}], "responses": answers}) + "\n"
+            )
+
+
+def write_labelled(path: Any, count: int = 24) -> None:
+    """Single answers in words, every other one liked."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for row in range(count):
+            prompt, answer = (" ".join(draw.choices(WORDS, k=draw.randint(1, 7))) for _ in range(2))
+            file.write(json.dumps({"prompt": prompt, "completion": answer, "label": row % 2 == 0}) + "\n")
+
+
+def loader_of(world: Any, table: Any, *, packing: bool, **kinds: Any) -> Any:
+    from framework.data.loader import Loader
+    from framework.data.mixture import Group, Mixture
+
+    return Loader(
+        [table],
+        Mixture(Group([table.trained]), seed=0),
+        sequences=STEP,
+        tokens_per_micro=120,
+        packing=packing,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=0,
+        **kinds,
+    )
+
+
+def from_files(world: Any, model: Any, root: Any) -> dict[str, Any]:
+    """Losses of a weighted sum of losses over pairs and rankings, in three layouts."""
+    from framework.data import answers
+    from framework.data.loader import held_out
+    from framework.data.pairs import Pairs
+    from framework.data.sources import Source
+    from framework.losses.mixed import mixed
+    from framework.models import load
+    from framework.stages.coupling import policy_logps
+    from framework.stages.preference import PairObjective, Preference
+    from framework.stages.reference import cached
+
+    tokenizer = load.inspect(str(model)).tokenizer
+    (table,) = answers.prepare_comparisons(
+        [Source(str(root / "rows.jsonl"))],
+        tokenizer=tokenizer,
+        max_length=128,
+        cache_dir=root / f"{world.size}",
+    )
+    loss = partial(
+        mixed,
+        losses={"dpo": 0.8, "bco_pair": 0.2, "sft": 1.0},
+        keywords={"dpo": {"beta": 0.5}, "bco_pair": {"beta": 0.5}},
+    )
+    losses, asked = [], []
+    for name in ("shared", "packed", "padded"):
+        engine = engine_of(world, model, "ddp")
+        kind, packing = Pairs(sharing=name == "shared"), name != "padded"
+
+        def ask(batches: Any, name: str = name, engine: Any = engine) -> Any:
+            asked.extend([] if name in asked else [name])
+            return policy_logps(engine, batches)
+
+        there = dict(rank=world.rank, world_size=world.size, pad_id=0)
+        micros = held_out(table, tokens_per_micro=200, packing=packing, kind=kind, **there)
+        reference = cached(root / f"columns-{world.size}", {"model": "tiny"}, micros, ask=ask, world=world)
+        loader = loader_of(world, table, packing=packing, kind=kind)
+        stage = Preference(loader, PairObjective(loss), {"held": micros}, engine=engine, reference=reference)
+        losses.append([line["loss"] for line in train(stage, engine, range(3))])
+    return {"losses": losses, "asked": asked}
+
+
+def labelled_from_files(world: Any, model: Any, root: Any, loss: Any) -> list[float]:
+    from framework.data import answers
+    from framework.data.loader import Cut, whole
+    from framework.data.pairs import Labelled, Mismatched
+    from framework.data.sources import Source
+    from framework.models import load
+    from framework.stages.unpaired import AnswerObjective, Unpaired
+    from framework.train.evaluate import evaluate
+
+    tokenizer = load.inspect(str(model)).tokenizer
+    (table,) = answers.prepare_labelled(
+        [Source(str(root / "rows.jsonl"))],
+        tokenizer=tokenizer,
+        max_length=128,
+        cache_dir=root / f"{world.size}",
+    )
+    engine = engine_of(world, model, "ddp")
+    kinds = dict(kind=Labelled(), mismatched=Mismatched(max_length=128))
+    cut = Cut(120, True, world.rank, world.size, 0)
+    stage = Unpaired(
+        loader_of(world, table, packing=True, **kinds),
+        AnswerObjective(loss),
+        {"held": whole(table, cut, **kinds)},
+        engine=engine,
+        reference=reference_of("frozen", engine, "ddp", model, None, None),
+        baseline="running" if loss.func.__name__ == "bco" else "mismatched",
+        beta=loss.keywords["beta"],
+    )
+    losses = [line["loss"] for line in train(stage, engine, range(3))]
+    return [*losses, evaluate(engine, stage.held_out())["held/loss"]]
