@@ -1,6 +1,7 @@
-# make demo    fine-tune a real model on two ranks and see what it learnt and what it kept
-# make test    run the tests
-# make check   format, lint, check types
+# make demo       fine-tune a real model on two ranks and see what it learnt and what it kept
+# make demo-rlhf  teach it further by preferences and rewards, and see what each way brought
+# make test       run the tests
+# make check      format, lint, check types
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
 # constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place.
 
@@ -19,12 +20,15 @@ SHELL = /bin/bash
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo test check clean
+.PHONY: help demo demo-rlhf test check clean
 help:
 	@sed -n 's/^# \(make \)/\1/p' Makefile
 
 demo: $(STAMPS)/demo
 	@$(VENV)/bin/python launch/demo.py $(ARGS)
+
+demo-rlhf: $(STAMPS)/demo
+	@$(VENV)/bin/python launch/pipeline.py experiment=rlhf_demo $(ARGS)
 
 test: $(STAMPS)/test
 	@$(VENV)/bin/python -m pytest -m "not multihost" $(ARGS)

@@ -87,7 +87,8 @@ def models(
     for name in measured:
         if name != against:
             measured[name]["win_rate"] = win_rate(right[name], right[against])
-    return {"measured": measured, "samples": samples, "facts": {"questions": len(rows), "against": against}}
+    facts = {"questions": len(rows)}
+    return {"measured": measured, "against": against, "samples": samples, "facts": facts}
 
 
 def wilson(successes: int, trials: int) -> list[float]:

@@ -99,14 +99,20 @@ td, th {{
 }}
 th {{ color: var(--faint); font-size: .82rem; }}
 td:first-child, th:first-child {{ text-align: left; padding-left: 0; overflow-wrap: anywhere; }}
+table.wide {{ max-width: none; }}
+.wide td, .wide th {{ white-space: nowrap; overflow-wrap: normal; }}
+.samples > * {{ min-width: 0; }}
 .events li {{ padding: .15rem 0; overflow-wrap: anywhere; }}
 .events b {{
   display: inline-block; min-width: 6rem; font-weight: 600; color: var(--faint); font-size: .85rem;
 }}
 summary {{ cursor: pointer; color: var(--faint); }}
 pre {{
-  margin: .6rem 0 0; overflow-x: auto; font: .82rem/1.45 ui-monospace, SFMono-Regular, Menlo, monospace;
+  margin: .6rem 0; overflow-x: auto; font: .82rem/1.45 ui-monospace, SFMono-Regular, Menlo, monospace;
 }}
+article > pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+article h2 {{ margin-top: 0; }}
+.scroll {{ overflow-x: auto; }}
 @media print {{ body {{ max-width: none; }} figure, article {{ break-inside: avoid; }} }}
 </style>
 </head>

@@ -18,6 +18,14 @@ from framework.track.page import CONFIGURATION
 
 Record = Mapping[str, Any]
 
+ROLLOUT = (
+    ("Reward", "of sampled answers", "reward"),
+    ("KL to the start", "nats a token", "kl"),
+    ("Entropy", "nats a token", "entropy"),
+    ("Answer length", "tokens", "length"),
+)
+"""Charts of "rollout" lines: title, unit, key."""
+
 
 def section(title: str, body: str, kind: str = "") -> str:
     """A part of the page under its heading; "" for one without content."""

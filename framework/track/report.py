@@ -62,13 +62,14 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
     """The page. Every text that is not ours is escaped, and the page may load nothing."""
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
+    rollouts = [record for record in records if record["kind"] == "rollout"]
     events = [record for record in records if record["kind"] == "event"]
     samples = [record for record in records if record["kind"] == "samples"]
     resumes = [record["step"] for record in events if "resumed" in record["message"]]
     title = str(config.get("name") or name)
     sections = [
         parts.section("", _tiles(train, held_out), "tiles"),
-        parts.section("Curves", _curves(train, held_out, resumes), "charts"),
+        parts.section("Curves", _curves(train, held_out, rollouts, resumes), "charts"),
         parts.section("Samples", parts.samples(samples[-1]["rows"]) if samples else "", "samples"),
         parts.section("Where the tokens came from", _sources(train)),
         parts.section("What happened", _events(events)),
@@ -120,7 +121,12 @@ def _tiles(train: Sequence[Record], held_out: Sequence[Record]) -> str:
     return "".join(tiles)
 
 
-def _curves(train: Sequence[Record], held_out: Sequence[Record], resumes: Sequence[float]) -> str:
+def _curves(
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    rollouts: Sequence[Record],
+    resumes: Sequence[float],
+) -> str:
     by_source = sorted({key for record in train for key in record if key.startswith("loss/")})
     losses = {"all": parts.points(train, "loss")}
     if len(by_source) > 1:
@@ -134,6 +140,10 @@ def _curves(train: Sequence[Record], held_out: Sequence[Record], resumes: Sequen
         if what != "perplexity":
             only = "" if len(series) > 1 else next(iter(series))
             charts.append(chart(f"Held-out {what}", series, unit=only, marks=resumes))
+    for title, unit, key in parts.ROLLOUT:
+        charts.append(
+            chart(title, {title: parts.points(rollouts, key)}, unit=unit, marks=resumes, noisy=True)
+        )
     memory = [(step, value / 2**30) for step, value in parts.points(train, "peak_memory_bytes")]
     for title, unit, points, noisy, from_zero in (
         ("Gradient norm", "before clipping", parts.points(train, "grad_norm"), True, False),

@@ -3,14 +3,14 @@
 Made from the files of the pipeline's directory and of its steps' (config.yaml, metrics.jsonl, result.json),
 so it can be made again at any time: python -m framework.track.road RUN_DIR
 What a step did not measure is simply absent. A function's result.json may bring `measured` (by model: a
-number, or [value, low, high] of a 95 % interval), `samples` (rows of a prompt and answers) and `facts`.
+number, or [value, low, high] of a 95 % interval) `against` one of them, `samples` (rows) and `facts`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,26 +24,23 @@ from framework.track.page import PAGE
 from framework.track.parts import Record
 
 MEASURES = {
-    "accuracy": ("held-out accuracy", "{:.1%}", True),
-    "win_rate": ("win rate", "{:.1%}", True),
-    "reward": ("reward", "{:.3g}", True),
-    "kl": ("KL to the start", "{:.3g}", False),
-    "general_loss": ("general loss", "{:.3f}", False),
-    "length": ("answer length", "{:.3g}", None),
+    "accuracy": ("held-out accuracy", "{:.1%}"),
+    "win_rate": ("win rate over {}", "{:.1%}"),
+    "reward": ("reward", "{:.3g}"),
+    "kl": ("KL to {}", "{:.3g}"),
+    "general_loss": ("general loss", "{:.3f}"),
+    "length": ("answer length", "{:.3g}"),
 }
-"""Columns of the first table: title, how it is written, whether more is better (None: neither)."""
+"""Columns of the first table: title, with {} for the model compared with; how a value is written."""
 
 CURVES = (
-    ("Reward", "of sampled answers", "rollout", ("reward",)),
-    ("KL to the start", "nats a token", "rollout", ("kl", "kl_k3")),
-    ("Entropy", "nats a token", "rollout", ("entropy",)),
-    ("Answer length", "tokens", "rollout", ("length",)),
-    ("Win rate", "against the start", "eval", ("/win_rate",)),
-    ("Held-out accuracy", "", "eval", ("/accuracy",)),
-    ("Held-out loss", "", "eval", ("/loss",)),
-    ("Training loss", "", "train", ("loss",)),
+    *((title, unit, "rollout", key) for title, unit, key in parts.ROLLOUT),
+    ("Win rate", "against the start", "eval", "/win_rate"),
+    ("Held-out accuracy", "", "eval", "/accuracy"),
+    ("Held-out loss", "", "eval", "/loss"),
+    ("Training loss", "", "train", "loss"),
 )
-"""Charts of all steps together: title, unit, kind of line, which of its keys (or their ends), best first."""
+"""Charts of all steps together: title, unit, kind of line, key; "/x" is that key of every held-out set."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,13 @@ def render(stages: Sequence[Stage], *, name: str, status: str) -> str:
     """The page. Every text that is not ours is escaped, and the page may load nothing."""
     measured = {m: values for stage in stages for m, values in stage.result.get("measured", {}).items()}
     samples = [row for stage in stages for row in stage.result.get("samples", ())]
+    against = next((stage.result["against"] for stage in stages if "against" in stage.result), "the start")
     finished = [stage for stage in stages if stage.result.get("status") == "done"]
     seconds = sum(stage.result.get("seconds", 0.0) for stage in finished)
     about = f"{len(finished)} of {len(stages)} steps done · {parts.duration(seconds)}"
     sections = [
         parts.section("", _tiles(stages, measured), "tiles"),
-        parts.section("The road", _road(measured)),
+        parts.section("The road", _road(measured, against), "scroll"),
         parts.section("Curves", _curves(stages), "charts"),
         parts.section("Samples along the way", parts.samples(samples), "samples"),
         parts.section("Steps", "".join(map(_step, stages)), "samples"),
@@ -133,18 +131,18 @@ def _parent(stage: Stage, stages: Sequence[Stage]) -> str:
     return next((other.name for other in stages if path.is_relative_to(other.run_dir)), "")
 
 
-def _road(measured: Mapping[str, Mapping[str, Any]]) -> str:
+def _road(measured: Mapping[str, Mapping[str, Any]], against: str) -> str:
     """A row for each model, a column for each measure that any of them has."""
     columns = [key for key in MEASURES if any(key in values for values in measured.values())]
     if not columns:
         return ""
-    head = "".join(f"<th>{MEASURES[key][0]}</th>" for key in columns)
+    head = "".join(f"<th>{escape(MEASURES[key][0].format(against))}</th>" for key in columns)
     rows = []
     for name, values in measured.items():
         cells = "".join(f"<td>{_cell(key, values.get(key))}</td>" for key in columns)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
     note = "<p><small>In brackets: 95 % intervals. Losses and KL in nats a token.</small></p>"
-    return f"<table><tr><th>model</th>{head}</tr>{''.join(rows)}</table>{note}"
+    return f'<table class="wide"><tr><th>model</th>{head}</tr>{"".join(rows)}</table>{note}'
 
 
 def _cell(key: str, found: Any) -> str:
@@ -164,26 +162,17 @@ def _interval(found: Any) -> tuple[float, float, float]:
 def _curves(stages: Sequence[Stage]) -> str:
     """One chart a quantity, one line a step of training that has it."""
     charts = []
-    for title, unit, kind, keys in CURVES:
+    for title, unit, kind, key in CURVES:
         series: dict[str, Points] = {}
         for stage in stages:
             lines = [record for record in stage.records if record["kind"] == kind]
-            found = list(_series(lines, keys))
-            series |= {f"{stage.name} {of}".strip(): values for of, values in found}
+            for name in dict.fromkeys(name for record in lines for name in record):
+                if (name == key or (key[0] == "/" and name.endswith(key))) and (
+                    values := parts.points(lines, name)
+                ):
+                    series[f"{stage.name} {name.removesuffix(key)}".strip()] = values
         charts.append(chart(title, series, unit=unit, noisy=kind != "eval"))
     return "".join(charts)
-
-
-def _series(records: Sequence[Record], keys: Sequence[str]) -> Iterator[tuple[str, Points]]:
-    """(held-out set, points) of the first of `keys` that the lines have; "/x" fits every SET/x."""
-    names = list(dict.fromkeys(key for record in records for key in record))
-    for key in keys:
-        fitting = [name for name in names if name == key or (key[0] == "/" and name.endswith(key))]
-        for name in fitting:
-            if values := parts.points(records, name):
-                yield name.removesuffix(key), values
-        if fitting:
-            return
 
 
 def _step(stage: Stage) -> str:

@@ -158,6 +158,18 @@ def test_it_can_be_made_again_by_hand_without_torch(run_dir):
     assert "type: python -m framework.track.report RUN_DIR" in refused.stderr
 
 
+def test_rollouts_have_their_charts(run_dir):
+    """Reward and KL to the start of three rollouts beside the seven charts of any run."""
+    record = Jsonl(run_dir / "metrics.jsonl", resume_step=40)
+    for step in (10, 20, 30):
+        record.log("rollout", {"reward": step / 40, "kl": 0.25, "seconds/generate": 1.0}, step=step)
+    record.close("done")
+    text = build(run_dir).read_text()
+    assert Page(text).tags.count("svg") == 9
+    assert "Reward, step 30: 0.75" in text
+    assert "KL to the start, step 10: 0.25" in text
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -64,6 +64,7 @@ def run_dir(tmp_path):
             "status": "done",
             "seconds": 5,
             "measured": measured,
+            "against": "sft",
             "samples": samples,
             "facts": {"pairs": 206},
         },
@@ -81,7 +82,7 @@ def test_what_was_measured_stands_side_by_side(run_dir):
     for expected in (
         "my <road> running", "2 of 4 steps done · 1 min 20 s",
         "sft 50.0% held-out accuracy, 95 %: 40.0% to 60.0%", "grpo 50.0% → 75.0%",
-        "model held-out accuracy win rate KL to the start general loss",
+        "model held-out accuracy win rate over sft KL to sft general loss",
         "sft 50.0% [40.0%, 60.0%] 1.250", "grpo 75.0% [70.0%, 80.0%] 62.5% [50.0%, 75.0%] 0.0625",
         "Reverse: <b>a b</b> reference b a sft a a grpo b a", "Reward of sampled answers",
         "KL to the start nats a token", "pairs 206", "python launch/train.py name=grpo",
