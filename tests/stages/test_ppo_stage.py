@@ -211,3 +211,12 @@ def warmed_up(world, directory, name):
         moved.append(tuple(any(n.startswith(part) for n in changed) for part in ("policy.", "critic.")))
         before = after
     return moved
+
+
+def test_how_well_the_critic_foresaw_what_came():
+    """Values 0, 1 and returns 0, 2: variance 2, of which (0, 1) leaves 0.5; the third answer failed."""
+    plain = Estimation(gae_lambda=1.0, whiten_advantages=False)
+    e = answers([1, 1, 1], [0.0, 2.0, float("nan")], old_values=[0.0, 1.0, 50.0])
+    _, metrics = method(estimation=plain).estimate(e)
+    assert metrics["value/explained_variance"] == 0.75
+    assert (metrics["value"], metrics["return"]) == (0.5, 1.0)
