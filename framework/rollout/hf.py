@@ -32,9 +32,9 @@ class HfRollout:
 
     `build` makes the transformers causal language model, its values meaning nothing yet; it is brought to
     `dtype` (its buffers stay as they are) and filled by `update`. Answers end at the tokenizer's end token
-    and at those that the model's `generation_config` names. `world` is the ranks that answer together. `batch_size`
-    answers are decoded at a time on a rank: with N ranks, no more than an N-th of an iteration's answers, or
-    ranks will wait. `lora_scaling` is alpha / rank where the policy has adapters.
+    and at those that the model's `generation_config` names. `world` is the ranks that answer together.
+    `batch_size` answers are decoded at a time on a rank: with N ranks, no more than an N-th of an iteration's
+    answers, or ranks will wait. `lora_scaling` is alpha / rank where the policy has adapters.
     """
 
     def __init__(
