@@ -175,7 +175,7 @@ def pair_answers(tokens, ld_alpha=1.0):
 
 @pytest.mark.parametrize("name", DPO)
 def test_dpo_and_its_kin(name):
-    """Where TRL divides by lengths, it counts the mask before the causal shift: here a prompt of one token."""
+    """Where TRL divides by lengths it counts the mask before the causal shift; the prompt has one token."""
     tokens = Tokens()
     loss, settings, theirs = DPO[name]
     loss_type = "sigmoid" if "f_divergence_type" in theirs else name
