@@ -62,8 +62,11 @@ def main() -> None:
 
 def _find(target: str, keywords: dict) -> Callable[..., Any]:
     module, _, name = target.rpartition(".")
-    found: Any = getattr(importlib.import_module(module), name)
-    return found(**keywords).score if inspect.isclass(found) else functools.partial(found, **keywords)
+    found = getattr(importlib.import_module(module), name)
+    if inspect.isclass(found):
+        made: Any = found(**keywords)
+        return made.score
+    return functools.partial(found, **keywords)
 
 
 def _call(function: Callable[..., Any], parameters: list, inputs: dict, count: int) -> dict:
