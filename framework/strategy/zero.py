@@ -71,7 +71,7 @@ class Zero:
             optimizer=common.optimizer_over(optimizer, parts),
             config=zero_setup.deepspeed_config(stage=self.stage, precision=self.precision),
         )
-        zero_setup.measure_in_float64(engine.optimizer, self.world)
+        zero_setup.measure_as_we_do(engine.optimizer, self.world)
         return ZeroEngine(self.world, self.stage, engine, trained, shapes, masters)
 
     def freeze(self, build: Build, weights: Weights) -> Frozen:

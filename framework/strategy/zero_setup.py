@@ -100,8 +100,12 @@ def initialize(deepspeed: Any, module: nn.Module, **arguments: Any) -> Any:
     return engine
 
 
-def measure_in_float64(optimizer: Any, world: World) -> None:
-    """Make a ZeRO optimizer use our norm of gradients: torch's is too small for large tensors on a CPU."""
+def measure_as_we_do(optimizer: Any, world: World) -> None:
+    """Make a ZeRO optimizer take the norm of gradients by `common.sum_of_squares`.
+
+    That of ZeRO-1 in bf16 is torch's in fp32, on a CPU 0.6 % too small at 2^24 elements; that of the
+    others copies every gradient to fp64.
+    """
 
     def squares(gradients: Sequence[Tensor]) -> Tensor:
         return common.sum_of_squares([gradient.float() for gradient in gradients], world.device)
