@@ -34,6 +34,8 @@ from framework.errors import ConfigError
 OUTPUTS = ("run_dir", "model")
 """What later steps may name of an earlier one: ${stages.NAME.run_dir}, ${stages.NAME.model}."""
 
+FILES = ("path", "reference_path", "critic")  # last parts of keys that hold a file or a directory
+
 GIVEN = "directory"  # the parameter by which a function learns where to write
 
 _REFERENCE = re.compile(r"\$\{\s*stages\.([^.}\s]+)\.?([^}\s]*)\s*\}")
@@ -49,6 +51,7 @@ class Tree(Node):
     run_dir: Text | None
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     trusted_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], ...]
+    common: dict[str, Any]  # under every step of training
     stages: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
 
 
@@ -118,10 +121,13 @@ def check(argv: Sequence[str]) -> Pipeline:
         common = [override for override in typed if not _is_ours(override) and _stage_of(override) is None]
         try:
             resolved = _resolved(settings, steps, list(tree.stages))
+            shared = _resolved(tree.common, steps, list(tree.stages))
             if "_target_" in resolved:
                 steps[stage] = _function(stage, resolved, mine, tree, run_dir, steps)
             else:
-                steps[stage] = _training(stage, resolved, [*common, *mine], tree, run_dir, asked, steps)
+                steps[stage] = _training(
+                    stage, {**shared, **resolved}, [*common, *mine], tree, run_dir, asked, steps
+                )
         except ConfigError as error:
             where = f"stages.{stage}"
             raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
@@ -230,17 +236,18 @@ def _tree(asked: Command, chosen: Sequence[str], overrides: Sequence[str]) -> Tr
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = hydra_compose(asked.config_name, overrides=[*own, *choice, *overrides])
-        stages = OmegaConf.to_container(config, resolve=False)["stages"]  # type: ignore[index, call-overload]
-        tree = {key: OmegaConf.select(config, key) for key in Tree.model_fields if key != "stages"}
+        written: Any = OmegaConf.to_container(config, resolve=False)
+        as_written = {key: written[key] for key in ("common", "stages")}  # interpolations are later steps'
+        tree = {key: OmegaConf.select(config, key) for key in Tree.model_fields if key not in as_written}
         tree = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in tree.items()}
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(explain.composition(error, overrides, asked.directories)) from error
-    if not stages:
+    if not as_written["stages"]:
         raise ConfigError(
             f"experiment: not given; expected one of {', '.join(pipelines)}; type experiment={pipelines[0]}"
         )
     try:
-        return Tree.model_validate_json(json.dumps({**tree, "stages": stages}))
+        return Tree.model_validate_json(json.dumps({**tree, **as_written}))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from error
@@ -287,19 +294,20 @@ def _expect(key: str, path: str, run_dir: Path, earlier: Mapping[str, Step]) -> 
         )
 
 
-def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; a list is a value."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
+def _keys(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values as they are typed: a group's are typed one by one, since its name alone chooses."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and "." not in key:
+            yield from ((f"{key}.{inner}", its) for inner, its in value.items())
         else:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
 def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every key called `path` or that ends in it, with its value."""
+    """Every key that names files, with its value."""
     for key, value in _leaves(tree):
-        if isinstance(value, str) and key.rpartition(".")[2] == "path":
+        name = key.rpartition(".")[2]
+        if isinstance(value, str) and (name in FILES or key == "reward.model"):
             yield key, value
 
 
@@ -330,7 +338,7 @@ def _stage_of(override: Override) -> str | None:
 def _is_ours(override: Override) -> bool:
     """Whether it is the pipeline's own key, or a whole step."""
     key = override.key_or_group
-    own = key in ("experiment", "stages", "name", "run_dir", "seed", "trusted_packages")
+    own = key in ("experiment", "common", "stages", "name", "run_dir", "seed", "trusted_packages")
     return own or (key.startswith("stages.") and _stage_of(override) is None)
 
 

@@ -8,6 +8,9 @@ from framework.errors import ConfigError
 
 CHAIN = """
 name: tale
+common:
+  batch.sequences: 6
+  tracker: {every: 3}
 stages:
   task:
     _target_: framework.config.steps.task
@@ -19,6 +22,7 @@ stages:
     model.path: some/model
     data.train: [{path: "${stages.task.run_dir}/sft.jsonl"}]
     steps: 3
+    batch.sequences: 8
   second:
     model: {path: "${stages.first.model}"}
     data.train: [{path: "${stages.task.run_dir}/sft.jsonl"}]
@@ -76,6 +80,15 @@ def test_what_is_typed_for_one_step_beats_what_is_typed_for_all_and_that_the_fil
     assert [steps["task"].call.keywords["seed"], steps["first"].run.seed] == [9, 9]
     assert steps["task"].call.keywords["settings"] == {"min_words": 3, "max_words": 6}
     assert by_name(check("stages.first.seed=3", "seed=9"))["first"].run.seed == 3
+
+
+def test_what_is_common_stands_under_each_steps_own(check):
+    first, second = (by_name(check())[name].run for name in ("first", "second"))
+    assert (first.batch.sequences, second.batch.sequences) == (8, 6)
+    assert first.tracker.every == second.tracker.every == 3
+    assert by_name(check("batch.sequences=10"))["first"].run.batch.sequences == 10
+    with pytest.raises(ConfigError, match=r"stages\.first: optm\.lr=1: no such key"):
+        check("+common={optm.lr: 1}")
 
 
 def test_only_a_changed_step_and_what_comes_of_it_move(check):
