@@ -1,6 +1,7 @@
 """Children get each signal once and none outlives its parent: plain processes, no training."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ seen = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: seen.append(number))
 print("ready", flush=True)
-while not seen:
+deadline = time.monotonic() + 60
+while not seen and time.monotonic() < deadline:
     time.sleep(0.01)
 time.sleep(0.3)  # a second one would come now
 print(seen, flush=True)
@@ -58,6 +60,7 @@ def test_a_signal_to_the_terminals_group_reaches_the_child_once_and_starts_no_ot
 
 def test_a_child_of_a_killed_parent_is_asked_to_leave(parent):
     parent.kill()
+    assert select.select([parent.stdout], [], [], 30)[0], "the child lives on and says nothing"
     assert parent.stdout.readline() == f"[{int(signal.SIGTERM)}]\n"
 
 

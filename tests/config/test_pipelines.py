@@ -125,6 +125,7 @@ def test_a_step_can_be_left_out(check):
         (["stages.first.data.train=[{path: gone.jsonl}]"], "data.train[0].path: no gone.jsonl"),
         (["stages.first.model.path=${stages.second.model}"], "second comes later"),
         (["stages.second.model.path=${stages.first.weights}"], "no such output; expected ${stages"),
+        (["launch.nnodes=2", "launch.master_addr=a", "launch.master_port=2950"], "launch.nnodes: found 2"),
         (["-m", "seed=1,2"], "a pipeline is one chain"),
         (["seed=one"], "seed: "),
         (["stages.first.seed=1,2"], "several values for one run"),
