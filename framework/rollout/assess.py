@@ -88,7 +88,7 @@ class Assessor:
 
 
 def of_answers(answers: Sequence[Completion]) -> dict[str, float]:
-    """What can be said of answers that nobody has judged; see `Assessor`. Names without a value are absent."""
+    """What can be said of answers that nobody has judged (see `Assessor`); without a value, no name."""
     nats = [-nat for answer in answers for nat in answer.logps]
     varied = [distinct(answer.ids) for answer in answers]
     known = [share for share in varied if share is not None]
