@@ -181,8 +181,8 @@ def _training(
     run = compose.compose(told, config_dir=asked.config_dir)
     if run.launch.nnodes > 1:
         raise ConfigError(
-            f"launch.nnodes: found {run.launch.nnodes}; expected 1, since a pipeline decides on one machine what "
-            "is done; type the commands that --dry-run shows on each machine"
+            f"launch.nnodes: found {run.launch.nnodes}; expected 1, since a pipeline decides on one machine "
+            "what is done; type the commands that --dry-run shows on each machine"
         )
     for key, path in _paths(run.model_dump(mode="json")):
         _expect(key, path, run_dir, earlier)
