@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from framework.errors import ModelError
 from framework.rollout.base import Sampling
 from framework.rollout.sampling import choose
+from framework.rollout.sharing import Answer
 
 IMPLEMENTATION = "sapwood_decoding"  # what transformers calls the attention below
 KEYWORD = "decoding"  # the keyword that carries a `Sight` through the model
@@ -247,15 +248,6 @@ def prepare(lm: Any) -> str:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     lm.set_attn_implementation(IMPLEMENTATION)
     return before
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One decoded answer."""
-
-    ids: list[int]
-    logps: list[float]
-    finished: bool
 
 
 class Decoder:

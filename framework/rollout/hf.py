@@ -7,19 +7,19 @@ on the number of ranks nor on who else was asked.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from framework.errors import ConfigError
+from framework.rollout import sharing
 from framework.rollout import weights as filling
 from framework.rollout.base import Completion, Prompt, Sampling
-from framework.rollout.decoding import Answer, Decoder, prepare
+from framework.rollout.decoding import Decoder, prepare
 from framework.rollout.sampling import uniforms
+from framework.rollout.sharing import Answer
 
 Messages = Sequence[Mapping[str, str]]  # one conversation: {"role": ..., "content": ...} in order
 
@@ -72,15 +72,14 @@ class HfRollout:
         chunks = cut(prompts, sampling.samples, self.batch_size)
         mine = chunks[self.world.rank :: self.world.size]
         decoder = Decoder(self.lm, sorted(end_tokens(self.lm, self.tokenizer)), sampling, shared(prompts))
-        said = [_packed(a) for chunk in mine for a in _decode(decoder, prompts, chunk, sampling)]
-        by_rank = [iter(answers) for answers in self.world.gather(said)]
-        texts: list[list[Completion]] = [[] for _ in prompts]
+        said = [a for chunk in mine for a in _decode(decoder, prompts, chunk, sampling)]
+        by_rank = [iter(answers) for answers in sharing.gather(self.world, said)]
+        answers: list[list[Completion]] = [[] for _ in prompts]
         for number, chunk in enumerate(chunks):
             for index, _ in chunk:
-                ids, logps, finished = _unpacked(next(by_rank[number % self.world.size]))
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                texts[index].append(Completion(text, tuple(ids), finished, tuple(logps), self.version))
-        return texts
+                answer = next(by_rank[number % self.world.size])
+                answers[index].append(sharing.completion(answer, self.tokenizer, self.version))
+        return answers
 
     def close(self) -> None:
         """Nothing runs besides this process."""
@@ -161,8 +160,7 @@ def complete(
         for chunk in cut(prompts, 1, batch_size):
             answers = _decode(decoder, prompts, chunk, sampling, count)
             for (index, _), answer in zip(chunk, answers, strict=True):
-                text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-                done[index] = Completion(text, tuple(answer.ids), answer.finished, tuple(answer.logps))
+                done[index] = sharing.completion(answer, tokenizer, version=0)
     finally:
         lm.set_attn_implementation(attention)
         model.train(was_training)
@@ -219,15 +217,3 @@ def _decode(
     numbers = torch.stack([uniforms(sampling, prompts[index].index, sample) for index, sample in chunk])
     asked = [prompts[index].ids for index in dict(chunk)]
     return decoder.run(asked, numbers, on_end)
-
-
-def _packed(answer: Answer) -> list[Any]:
-    """An answer as JSON, its log-probabilities bit for bit."""
-    numbers = np.array(answer.ids, "<i4"), np.array(answer.logps, "<f4")
-    return [*(base64.b64encode(n.tobytes()).decode() for n in numbers), answer.finished]
-
-
-def _unpacked(packed: Sequence[Any]) -> tuple[list[int], list[float], bool]:
-    ids, logps, finished = packed
-    read = base64.b64decode
-    return np.frombuffer(read(ids), "<i4").tolist(), np.frombuffer(read(logps), "<f4").tolist(), finished

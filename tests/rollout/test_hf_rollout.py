@@ -256,8 +256,11 @@ def test_gpt2_keeps_its_weights_the_other_way_round():
     ("change", "said"),
     [
         (lambda w: w[1:], "lacks 1 parameters"),
-        (lambda w: [*w, ("lm.model.extra", torch.zeros(1))], "lm.model.extra is no parameter"),
-        (lambda w: [*w, ("lm.a.lora_A.default.weight", torch.zeros(1))], "lacks 1 parameters .* such as a"),
+        (lambda w: [*w, ("lm.model.extra", torch.zeros(1))], "model.extra is no parameter"),
+        (
+            lambda w: [*w, ("lm.a.lora_A.default.weight", torch.zeros(1))],
+            "lacks parts of 1 adapters, such as that of a",
+        ),
     ],
 )
 def test_an_update_that_does_not_fit_is_refused(tiny_model_dir, change, said):
