@@ -53,8 +53,11 @@ def shares(world, step, micros=2):
     return [batch(share) for share in mine]
 
 
-def loss_of(outputs):
-    """Smooth in both answers; a critic that was left out adds nothing."""
+def loss_of(engine, batch, needs):
+    """Smooth in both answers; what is left out, the critic or (`needs` None) the policy, adds nothing."""
+    if needs is None:
+        return (engine(batch, actor=False).scores - 1).square().sum() / 60
+    outputs = engine(batch, needs=needs)
     policy = -outputs.logps.sum() / 60
     return policy if outputs.values is None else policy + (outputs.values - 1).square().sum() / 60
 
@@ -70,7 +73,7 @@ def step(engine, number, *, needs=(VALUES, VALUES), lr=1e-3):
     for micro, (each, wanted) in enumerate(zip(batches, needs, strict=True)):
         torch.manual_seed(100 * number + 10 * world.rank + micro)
         with engine.micro(last=micro == len(needs) - 1):
-            engine.backward(loss_of(engine(each, needs=wanted)))
+            engine.backward(loss_of(engine, each, wanted))
     return engine.step(lr=lr, max_grad_norm=None)
 
 

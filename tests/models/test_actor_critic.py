@@ -77,6 +77,8 @@ CUTS = [  # what the first and the second micro-batch of each rank ask for, step
     (spread.VALUES, spread.VALUES),
     (spread.VALUES, POLICY_ONLY),
     (POLICY_ONLY, spread.VALUES),
+    (None, None),  # the critic alone
+    (POLICY_ONLY, None),
 ]
 
 
