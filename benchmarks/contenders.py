@@ -52,7 +52,7 @@ class Marks:
 
 def ours(model: Path, data: Path, marks: Marks, *, tokens_per_micro: int) -> None:
     """What `python launch/train.py` does on one rank, without writing anything."""
-    from framework.config import build, compose
+    from framework.config import build, compose, stages
     from framework.strategy.world import connect
     from framework.train.trainer import train
 
@@ -90,9 +90,10 @@ def ours(model: Path, data: Path, marks: Marks, *, tokens_per_micro: int) -> Non
         )
         prepared = build.prepare(run)
         world = connect("cpu", timeout_s=60)
+        engine = build.build_engine(prepared, world)
         train(
-            build.build_stage(prepared, world),
-            build.build_engine(prepared, world),
+            stages.build_stage(prepared, world, engine),
+            engine,
             build.plan(prepared),
             learning_rate=build.learning_rate(prepared),
             checkpoints=Nowhere(),

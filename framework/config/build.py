@@ -14,99 +14,161 @@ from typing import Any
 
 import torch
 
-from framework.batch import Batch
 from framework.config import targets
-from framework.config.schema import Run, Wsd
+from framework.config.nodes import Full, Wsd
+from framework.config.schema import Run
+from framework.config.stage import ONLINE, Grpo, Ppo
+from framework.data import answers, prompts
 from framework.data import tables as tokenised
-from framework.data.loader import Loader, held_out
 from framework.data.mixture import Group, Mixture
+from framework.data.prompts import PromptTable
 from framework.data.sources import Source
 from framework.data.tables import Table
+from framework.data.tokenise import Progress
+from framework.errors import ConfigError
+from framework.losses.inputs import inputs
 from framework.losses.items import Items
-from framework.models import load
-from framework.stages.sft import Supervised, TokenObjective
-from framework.strategy.base import Build, Engine, Strategy, Weights, World
+from framework.models import actor_critic, load
+from framework.strategy.base import Build, Engine, Frozen, Strategy, Weights, World
 from framework.train.checkpoint import Checkpointer
 from framework.train.optim import adamw
 from framework.train.schedule import Schedule, schedule
 from framework.train.trainer import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """A run whose loss is bound and whose model was looked at."""
+    """A run whose loss is bound and whose models were looked at."""
 
     run: Run
     loss: Callable[..., Items]
-    description: load.Description
+    description: load.Description  # of what is trained; of the actor where there is a critic
+    critic: load.Description | None = None
+    judge: load.Description | None = None  # of the reward model
+    reference: load.Description | None = None  # of another start to compare with
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss judges single answers."""
+        return self.run.stage.name == "preference" and "desirable" in inputs(self.loss)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared(Inspected):
     """A run that nothing refuses any more: its data is tokenised, too."""
 
-    tables: Sequence[Table]  # data.train first, then replay
+    tables: Sequence[Table]  # data.train; in supervised runs replay after it
     held_out: Sequence[Table]
     mixture: Mixture
     steps: int
+    replay: Sequence[Table] = ()  # of a term of its own
+    retention: Sequence[Table] = ()
+    questions: Sequence[PromptTable] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        return {
+        run = self.run
+        identity: dict[str, Any] = {
             "model": self.description.fingerprint,
-            "adapter": self.run.adapter.model_dump(mode="json"),
-            "data": {table.name: table.fingerprint for table in self.tables},
+            "adapter": run.adapter.model_dump(mode="json"),
+            "data": {table.name: table.fingerprint for table in (*self.tables, *self.replay)},
             "mixture": {
-                "seed": self.run.seed,
-                "shuffle": self.run.data.shuffle,
+                "seed": run.seed,
+                "shuffle": run.data.shuffle,
                 "weights": [table.weight for table in self.tables],
-                "replay": self.run.replay.fraction,
+                "replay": run.replay.fraction,
             },
-            "batch.sequences": self.run.batch.sequences,
+            "batch.sequences": run.batch.sequences,
         }
+        if run.stage.name != "sft":
+            identity["stage"] = run.stage.model_dump(mode="json")
+            identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})
+        if run.stage.name in ONLINE:
+            identity["rollout"] = run.rollout.model_dump(mode="json", exclude={"batch_size"})
+            identity["reward"] = run.reward.model_dump(mode="json", exclude={"workers"})
+        others = {"critic": self.critic, "judge": self.judge, "reference": self.reference}
+        return identity | {name: other.fingerprint for name, other in others.items() if other is not None}
 
 
 def inspect(run: Run) -> Inspected:
-    """Bind the loss and look at the model. Raises UserError."""
-    description = load.inspect(
-        run.model.path,
-        revision=run.model.revision,
-        gguf_file=run.model.gguf_file,
-        init=run.model.init,
+    """Bind the loss and look at the models. Raises UserError."""
+    stage = run.stage
+    targets.rewards(run)
+    own: dict[str, Any] = {
+        "revision": run.model.revision,
+        "gguf_file": run.model.gguf_file,
+        "init": run.model.init,
+    }
+    head = "score" if stage.name == "reward" else "lm"
+    description = load.inspect(run.model.path, head=head, **own)
+    critic = judge = reference = None
+    if isinstance(stage, Ppo):
+        critic = load.inspect(stage.critic, head="score") if stage.critic else None
+        critic = critic or load.inspect(run.model.path, head="score", **own)
+        actor_critic.check(description, critic)
+    if stage.name in ONLINE and run.reward.model is not None:
+        judge = load.inspect(run.reward.model, head="score")
+        _same_words(description, judge, "reward.model")
+    if (path := getattr(stage, "reference_path", None)) is not None:
+        reference = load.inspect(path)
+        _same_words(description, reference, "stage.reference_path")
+    _without_dropout(run)
+    return Inspected(
+        run=run,
+        loss=targets.loss(run),
+        description=description,
+        critic=critic,
+        judge=judge,
+        reference=reference,
     )
-    return Inspected(run, targets.loss(run), description)
 
 
-def prepare(run: Run, *, progress: tokenised.Progress | None = None) -> Prepared:
-    """Bind the loss, look at the model, tokenise the data; loads no weight and uses no accelerator.
+def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
+    """Bind the loss, look at the models, tokenise the data; loads no weight and uses no accelerator.
 
     Every process of a host may call it: the first builds the cache, the others wait and map it. Raises
     UserError.
     """
     inspected = inspect(run)
     read = partial(read_tables, inspected, progress=progress)
-    train_tables, replay_tables = read(run.data.train), read(run.replay.sources)
-    mixture = Mixture(
-        _group(train_tables),
-        _group(replay_tables) if replay_tables else None,
-        fraction=run.replay.fraction,
-        seed=run.seed,
-        shuffle=run.data.shuffle,
-    )
-    steps = run.steps
-    if steps is None:
-        assert run.epochs is not None  # the schema: exactly one of the two
-        steps = mixture.steps_for(run.epochs, run.batch.sequences)
+    text = partial(_read_text, inspected, progress=progress)
+    train_tables, replay_tables = read(run.data.train), text(run.replay.sources)
+    mixed, online = run.stage.name == "sft", run.stage.name in ONLINE
+    if online:
+        mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
+    else:
+        mixture = Mixture(
+            group(train_tables),
+            group(replay_tables) if replay_tables and mixed else None,
+            fraction=run.replay.fraction,
+            seed=run.seed,
+            shuffle=run.data.shuffle,
+        )
+    named = _distinct([*train_tables, *replay_tables])
+    asked = [*run.evaluate.prompts, *(run.data.eval if online else ())]
     return Prepared(
-        run=run,
-        loss=inspected.loss,
-        description=inspected.description,
-        tables=_distinct([*train_tables, *replay_tables]),
-        held_out=read(run.data.eval),
+        **vars(inspected),
+        tables=named if mixed else named[: len(train_tables)],
+        replay=() if mixed else named[len(train_tables) :],
+        held_out=() if online else read(run.data.eval),
+        retention=text(run.evaluate.retention),
+        questions=_read_prompts(inspected, asked, progress=progress) if asked else (),
         mixture=mixture,
-        steps=steps,
+        steps=_steps(run, mixture, sum(map(len, train_tables))),
     )
+
+
+def _steps(run: Run, mixture: Mixture, rows: int) -> int:
+    """Optimizer steps of the run."""
+    if run.steps is not None:
+        return run.steps
+    assert run.epochs is not None  # the schema: exactly one of the two
+    if not isinstance(run.stage, Ppo | Grpo):
+        return mixture.steps_for(run.epochs, run.batch.sequences)
+    iterations = max(1, round(run.epochs * rows / run.stage.prompts))
+    in_one = -(-run.stage.prompts * run.rollout.samples // run.batch.sequences) * run.stage.epochs
+    return iterations * in_one
 
 
 def checkpointer(prepared: Prepared, world: World) -> Checkpointer:
@@ -119,37 +181,44 @@ def checkpointer(prepared: Prepared, world: World) -> Checkpointer:
     )
 
 
-def build_stage(prepared: Prepared, world: World) -> Supervised:
-    """Supervised fine-tuning on this rank's share of the data."""
-    loader = Loader(
-        prepared.tables,
-        prepared.mixture,
-        sequences=prepared.run.batch.sequences,
-        **_cut(prepared, world),
-    )
-    objective = TokenObjective(prepared.loss, [table.name for table in prepared.tables])
-    sets = held_out_sets(prepared, prepared.held_out, world)
-    return Supervised(loader, objective, sets, TokenObjective(prepared.loss))
-
-
 def build_engine(inspected: Inspected, world: World) -> Engine:
-    """The model, spread over the ranks and filled."""
+    """What is trained, spread over the ranks and filled."""
     run = inspected.run
     optimizer = partial(adamw, betas=run.optim.betas, eps=run.optim.eps, weight_decay=run.optim.weight_decay)
     structure, weights = build_structure(inspected, world.device), build_weights(inspected)
+    if inspected.critic is not None:
+        assert isinstance(run.stage, Ppo)
+        optimizer = partial(optimizer, lr_scales={actor_critic.CRITIC: run.stage.critic_lr_scale})
+        structure = actor_critic.builder(
+            structure, build_structure(inspected, world.device, of=inspected.critic)
+        )
+        critic = load.reader(inspected.critic, adapter=adapter_of(run), seed=run.seed, zero_head=True)
+        weights = actor_critic.reader(weights, critic)
     return build_strategy(run, world).train(structure, weights, optimizer)
 
 
-def build_structure(inspected: Inspected, device: torch.device) -> Build:
-    """Makes the model without its weights; `device` decides how attention is computed."""
+def build_frozen(inspected: Inspected, of: load.Description, world: World) -> Frozen:
+    """A model that is only asked, spread like the one that is trained."""
+    bare = replace(inspected, run=inspected.run.model_copy(update={"adapter": Full(kind="full")}))
+    structure = build_structure(bare, world.device, of=of)
+    return build_strategy(inspected.run, world).freeze(structure, load.reader(of, seed=inspected.run.seed))
+
+
+def attention_of(inspected: Inspected, device: torch.device) -> str:
+    """How attention is computed on `device`, as transformers knows it."""
     run = inspected.run
-    attention = load.attention_for(
-        inspected.description, run.model.attention, device, precision=run.precision
-    )
+    return load.attention_for(inspected.description, run.model.attention, device, precision=run.precision)
+
+
+def build_structure(
+    inspected: Inspected, device: torch.device, *, of: load.Description | None = None
+) -> Build:
+    """Makes a model without its weights, the trained one or `of`; `device` decides about attention."""
+    run = inspected.run
     return load.builder(
-        inspected.description,
+        of or inspected.description,
         adapter=adapter_of(run),
-        attention=attention,
+        attention=attention_of(inspected, device),
         head_chunk_tokens=run.model.head_chunk_tokens,
     )
 
@@ -181,7 +250,6 @@ def build_strategy(run: Run, world: World) -> Strategy:
 def plan(prepared: Prepared) -> Plan:
     """When things happen."""
     run = prepared.run
-    first = f"{prepared.held_out[0].name}/loss" if prepared.held_out else None
     return Plan(
         steps=prepared.steps,
         seed=run.seed,
@@ -191,8 +259,16 @@ def plan(prepared: Prepared) -> Plan:
         evaluate_every=run.evaluate.every or 0,
         evaluate_at_start=run.evaluate.at_start,
         checkpoint_every=run.checkpoint.every or 0,
-        metric=run.evaluate.metric or first,
+        metric=run.evaluate.metric or _followed(prepared),
+        goal=run.evaluate.goal,
     )
+
+
+def _followed(prepared: Prepared) -> str | None:
+    """The metric that "best" follows where none was named."""
+    if prepared.run.evaluate.goal == "max":
+        return f"{prepared.questions[0].name}/score" if prepared.questions else None
+    return f"{prepared.held_out[0].name}/loss" if prepared.held_out else None
 
 
 def learning_rate(prepared: Prepared) -> Schedule:
@@ -214,48 +290,75 @@ def learning_rate(prepared: Prepared) -> Schedule:
 
 
 def read_tables(
-    inspected: Inspected, sources: Sequence[Any], *, progress: tokenised.Progress | None = None
-) -> list[Table]:
-    """Tables of some of the run's sources, from the cache or made now."""
-    run, description = inspected.run, inspected.description
-    return tokenised.prepare(
-        [Source(**source.model_dump()) for source in sources],
-        tokenizer=description.tokenizer,
-        chat_template=run.model.chat_template,
-        max_length=run.data.max_length,
-        truncation=run.data.truncation,
-        train_on=run.data.train_on,
-        on_bad_row=run.data.on_bad_row,
-        cache_dir=run.data.cache_dir,
-        workers=run.data.workers,
-        vocab_size=description.vocab_size,
+    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
+) -> list[Any]:
+    """Tables of some of the run's sources in the form that its stage learns from; cached."""
+    stage = inspected.run.stage
+    if stage.name in ONLINE:
+        return _read_prompts(inspected, sources, progress=progress)
+    if stage.name == "sft":
+        return _read_text(inspected, sources, progress=progress)
+    given = [Source(**source.model_dump()) for source in sources]
+    if inspected.unpaired:
+        return answers.prepare_labelled(given, progress=progress, **_reading(inspected))
+    return answers.prepare_comparisons(
+        given,
+        margin_from_scores=stage.margin_from_scores,  # type: ignore[union-attr]
         progress=progress,
+        **_reading(inspected),
     )
 
 
-def _cut(inspected: Inspected, world: World) -> dict[str, Any]:
-    """How examples become this rank's micro-batches."""
-    run = inspected.run
+def _read_text(
+    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
+) -> list[Table]:
+    given = [Source(**source.model_dump()) for source in sources]
+    train_on = inspected.run.data.train_on
+    return tokenised.prepare(given, train_on=train_on, progress=progress, **_reading(inspected))
+
+
+def _read_prompts(
+    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
+) -> list[PromptTable]:
+    reading = _reading(inspected)
+    most = reading.pop("max_length") - inspected.run.rollout.max_new_tokens
+    if most < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens={inspected.run.rollout.max_new_tokens} leaves no room for a prompt in "
+            f"data.max_length={inspected.run.data.max_length}; type rollout.max_new_tokens="
+            f"{inspected.run.data.max_length // 2}"
+        )
+    given = [Source(**source.model_dump()) for source in sources]
+    if reading["truncation"] not in ("error", "drop"):  # meant for what is learnt; a prompt is never cut
+        reading["truncation"] = "drop"
+    return prompts.prepare(given, max_prompt_tokens=most, progress=progress, **reading)
+
+
+def _reading(inspected: Inspected) -> dict[str, Any]:
+    """How every table is read."""
+    run, description = inspected.run, inspected.description
     return {
-        "tokens_per_micro": run.batch.tokens_per_micro,
-        "packing": run.data.packing,
-        "rank": world.rank,
-        "world_size": world.size,
-        "pad_id": inspected.description.pad_id,
+        "tokenizer": description.tokenizer,
+        "chat_template": run.model.chat_template,
+        "max_length": run.data.max_length,
+        "truncation": run.data.truncation,
+        "on_bad_row": run.data.on_bad_row,
+        "cache_dir": run.data.cache_dir,
+        "workers": run.data.workers,
+        "vocab_size": description.vocab_size,
     }
 
 
-def held_out_sets(inspected: Inspected, tables: Sequence[Table], world: World) -> dict[str, list[Batch]]:
-    """This rank's micro-batches of every held-out set."""
-    most, cut = inspected.run.evaluate.max_examples, _cut(inspected, world)
-    return {table.name: held_out(table, max_examples=most, **cut) for table in tables}
+def uses_adapter(inspected: Inspected) -> bool:
+    """Whether the policy without its adapter is the model that training began with."""
+    return adapter_of(inspected.run) is not None and inspected.reference is None
 
 
 def adapter_of(run: Run) -> Mapping[str, Any] | None:
     return None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
 
 
-def _group(tables: Sequence[Table]) -> Group:
+def group(tables: Sequence[Table]) -> Group:
     weights = [table.weight for table in tables]
     given = [weight for weight in weights if weight is not None]
     return Group([table.trained for table in tables], given or None)
@@ -272,3 +375,23 @@ def _distinct(tables: Sequence[Table]) -> list[Table]:
         taken.add(name)
         named.append(replace(table, name=name))
     return named
+
+
+def _same_words(ours: load.Description, theirs: load.Description, key: str) -> None:
+    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}: {theirs.path} has another vocabulary than model.path={ours.path}, whose tokens it would "
+            f"have to read; set {key} to a model of the same family"
+        )
+
+
+def _without_dropout(run: Run) -> None:
+    """Policy and reference are compared token by token: noise in one of them is taken for a preference."""
+    if run.stage.name == "sft":
+        return
+    rate = getattr(run.adapter, "dropout", 0.0)
+    if rate > 0:
+        raise ConfigError(
+            f"adapter.dropout={rate} in stage={run.stage.name}, where answers are compared with those of "
+            "another pass; expected no dropout; type adapter.dropout=0"
+        )

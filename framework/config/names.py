@@ -18,7 +18,8 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from framework.config.schema import Run, Source
+from framework.config.nodes import Source
+from framework.config.schema import Run
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from framework.config.schema import Run, Source, digest
+from framework.config.nodes import Source
+from framework.config.schema import Run, digest
 
 
 def validated(tree: Mapping[str, Any], *, sweep: Path | None = None) -> Run:
@@ -42,6 +43,13 @@ def _absolute(run: Run) -> Run:
     model = {"path": local(run.model.path)}
     if run.model.chat_template is not None and "{" not in run.model.chat_template:  # else the template itself
         model["chat_template"] = local(run.model.chat_template)
+    stage = {
+        key: local(path)
+        for key in ("critic", "reference_path")
+        if (path := getattr(run.stage, key, None)) is not None
+    }
+    evaluate = {"retention": sources(run.evaluate.retention), "prompts": sources(run.evaluate.prompts)}
+    reward = {} if run.reward.model is None else {"model": local(run.reward.model)}
     data = {
         "train": sources(run.data.train),
         "eval": sources(run.data.eval),
@@ -51,6 +59,9 @@ def _absolute(run: Run) -> Run:
         update={
             "resume": run.resume if run.resume in ("auto", "never") else local(run.resume),
             "model": run.model.model_copy(update=model),
+            "stage": run.stage.model_copy(update=stage),
+            "reward": run.reward.model_copy(update=reward),
+            "evaluate": run.evaluate.model_copy(update=evaluate),
             "data": run.data.model_copy(update=data),
             "replay": run.replay.model_copy(update={"sources": sources(run.replay.sources)}),
         }

@@ -17,41 +17,103 @@ from types import ModuleType
 from typing import Any
 
 from framework.config.names import nearest
-from framework.config.schema import Run, Target
+from framework.config.nodes import RewardFunction, Target
+from framework.config.schema import Run
 from framework.errors import ConfigError
 
 
 def loss(run: Run) -> Callable[..., Any]:
-    """The run's loss, bound to its keywords and tried once on two made-up tokens.
+    """The run's loss, bound to its keywords and tried once on made-up inputs of its stage.
 
-    What a forward pass answers and the weights of the trained positions are given when it is called.
-    Raises ConfigError as `resolve` does, and where the function refuses its keywords.
+    What a loss may ask for by parameter name depends on the stage. Raises ConfigError as `resolve` does,
+    where the function asks for something else, and where it refuses its keywords.
     """
-    import torch
-
-    from framework.batch import Outputs
+    from framework.losses.inputs import inputs
     from framework.losses.items import Items
 
-    supplied = ("weight", *Outputs._fields)
+    name = run.stage.name
+    offers = _offers(name)
+    supplied = frozenset().union(*offers)
     bound = resolve(run.loss, run.trusted_packages, key="loss", supplied=supplied)
-    wanted = set(inspect.signature(bound).parameters)
-    if not wanted & set(Outputs._fields):
+    wanted = inputs(bound)
+    offer = next((o for o in offers if wanted <= set(o) and wanted & o.decisive), None)
+    if offer is None:
+        listed = " or ".join(", ".join(o) for o in offers)
         raise ConfigError(
-            f"loss._target_: {run.loss.target} takes none of {', '.join(Outputs._fields)}; expected a loss"
+            f"loss._target_: {run.loss.target} asks for {', '.join(sorted(wanted)) or 'nothing'}; expected a "
+            f"loss of stage={name}, which offers {listed}; type loss={USUAL[name]}"
         )
-    made_up = {name: torch.ones(2) if name == "weight" else -torch.ones(2) for name in wanted & set(supplied)}
     try:
-        items = bound(**made_up)
+        items = bound(**{key: offer[key] for key in wanted})
     except (ValueError, TypeError) as error:
-        given = ", ".join(f"loss.{name}={value}" for name, value in run.loss.keywords.items())
+        given = ", ".join(f"loss.{key}={value}" for key, value in run.loss.keywords.items())
         raise ConfigError(f"{given or 'loss'}: {run.loss.target} refuses: {error}") from error
     if not isinstance(items, Items):
         raise ConfigError(f"loss._target_: {run.loss.target} returned {type(items).__name__}; expected Items")
     return bound
 
 
+def rewards(run: Run) -> None:
+    """Refuse a reward function that is not there or whose keywords do not fit. Raises ConfigError."""
+    from framework.rollout.pool import SUPPLIED
+
+    wanted = [(f"reward.functions[{n}]", each) for n, each in enumerate(run.reward.functions)]
+    if run.evaluate.score is not None:
+        wanted.append(("evaluate.score", run.evaluate.score))
+    for key, function in wanted:
+        resolve(function, run.trusted_packages, key=key, supplied=SUPPLIED)
+
+
+USUAL = {"sft": "sft", "reward": "reward", "preference": "dpo", "ppo": "ppo", "grpo": "grpo"}
+
+
+class _Offer(dict[str, Any]):
+    """Made-up inputs by name, and those of which a loss must take one to be a loss of this kind."""
+
+    decisive: frozenset[str]
+
+    def __init__(self, values: Mapping[str, Any], decisive: Iterable[str]) -> None:
+        super().__init__(values)
+        self.decisive = frozenset(decisive)
+
+
+def _offers(stage: str) -> list[_Offer]:
+    """What losses of a stage may ask for, two units of each."""
+    import torch
+
+    from framework.batch import Outputs
+    from framework.losses.answers import Answers
+    from framework.stages import preference, reward, unpaired
+    from framework.stages.policy_objective import OFFERED
+
+    ones, nats = torch.ones(2), -torch.ones(2)
+    answers = Answers(nats, 2 * nats, ones, ones)
+    match stage:
+        case "sft":
+            return [_Offer(dict.fromkeys(Outputs._fields, nats) | {"weight": ones}, Outputs._fields)]
+        case "reward":
+            return [_Offer(dict.fromkeys(reward.INPUTS, ones), ("chosen", "rejected"))]
+        case "preference":
+            pairs: dict[str, Any] = dict.fromkeys(preference.INPUTS, ones)
+            pairs |= dict.fromkeys(("policy", "reference", *preference.EXTRAS), answers)
+            single = dict.fromkeys(unpaired.INPUTS, nats) | {"weight": ones, "desirable": ones > 0}
+            single["baseline"] = torch.zeros(())
+            return [
+                _Offer(pairs | {"tokens_per_pair": 1.0}, ("policy",)),
+                _Offer(single, ("desirable",)),
+            ]
+        case _:
+            tokens = dict.fromkeys(OFFERED, nats)
+            tokens |= {"weight": ones, "segments": torch.zeros(2, dtype=torch.int64), "correction": ones}
+            return [_Offer(tokens, ("advantages",))]
+
+
 def resolve(
-    node: Target, trusted: Iterable[str], *, key: str = "loss", supplied: Collection[str] = ()
+    node: Target | RewardFunction,
+    trusted: Iterable[str],
+    *,
+    key: str = "loss",
+    supplied: Collection[str] = (),
 ) -> functools.partial[Any]:
     """`node`'s function with `node`'s keywords bound.
 
@@ -144,7 +206,9 @@ def _plain(value: Any, key: str) -> None:
             _plain(inner, f"{key}[{index}]")
 
 
-def _fits(function: Callable[..., Any], node: Target, key: str, supplied: Collection[str]) -> None:
+def _fits(
+    function: Callable[..., Any], node: Target | RewardFunction, key: str, supplied: Collection[str]
+) -> None:
     parameters = inspect.signature(function).parameters
     settable = [
         name

@@ -10,11 +10,13 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, record
+from framework.config import build, judging, record, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
+from framework.config.stage import ONLINE
 from framework.errors import DONE, INTERRUPTED, ConfigError
 from framework.models import answering
+from framework.models.actor_critic import POLICY, part
 from framework.models.export import export
 from framework.rollout.hf import complete
 from framework.stages.base import Term
@@ -57,18 +59,19 @@ def work(run: Run) -> int:
 
 
 def measure(run: Run, checkpoint: Path) -> tuple[int, dict[str, float]]:
-    """Held-out metrics of a checkpoint of `run`: (step, metrics). Needs no training data. Collective.
+    """Held-out metrics of a checkpoint of `run`: (step, metrics). Collective. Supervised runs need no
+    training data for it.
 
     `checkpoint` is a step's directory, or a run's, whose newest it is. Raises UserError, CheckpointError.
     """
-    inspected = build.inspect(run)
-    tables = build.read_tables(inspected, run.data.eval)
-    if not tables:
+    bare = run.stage.name == "sft" and not (run.evaluate.prompts or run.evaluate.retention)
+    inspected = build.inspect(run) if bare else build.prepare(run)
+    if not (run.data.eval or run.evaluate.prompts or run.evaluate.retention):
         raise ConfigError(
             "nothing to measure on: data.eval is empty; type 'data.eval=[{path: held_out.jsonl}]'"
         )
     with ExitStack() as closing:
-        return _measure(inspected, tables, _join(run, closing), checkpoint)
+        return _measure(inspected, _join(run, closing), checkpoint)
 
 
 def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tracker:
@@ -97,7 +100,7 @@ def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
     export(
         where,
         description=inspected.description,
-        weights=engine.weights(),
+        weights=engine.weights() if inspected.critic is None else part(engine.weights(), POLICY),
         adapter=build.adapter_of(inspected.run),
         rank=engine.world.rank,
     )
@@ -106,8 +109,8 @@ def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
 def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int) -> None:
     """What the written model answers to the first held-out prompts, beside what was to be answered."""
     count = prepared.run.evaluate.samples
-    if count == 0 or not prepared.held_out:
-        return
+    if count == 0 or not prepared.held_out or prepared.run.stage.name != "sft":
+        return  # other stages show answers of their own
     lm, tokenizer = answering.load(str(model), device=prepared.run.launch.device)
     prompts, rows = [], []
     table = prepared.held_out[0]
@@ -175,8 +178,13 @@ def _train(
     engine = build.build_engine(prepared, world)
     if resume is not None:
         resume.expect(engine.trained)
+    online = prepared.run.stage.name in ONLINE
+    rollout = judging.build_rollout(prepared, world) if online or prepared.questions else None
+    assess = (
+        judging.build_assess(prepared, world, engine, rollout) if rollout and prepared.questions else None
+    )
     result = train(
-        build.build_stage(prepared, world),
+        stages.build_stage(prepared, world, engine, rollout),
         engine,
         build.plan(prepared),
         learning_rate=build.learning_rate(prepared),
@@ -184,6 +192,7 @@ def _train(
         tracker=tracker,
         stop=stop,
         resume=resume,
+        assess=assess,
     )
     if result.status == "done" and prepared.run.checkpoint.export:
         where = Path(prepared.run.run_dir) / "model"
@@ -192,18 +201,26 @@ def _train(
     return result
 
 
-def _measure(
-    inspected: Inspected, tables: Any, world: World, checkpoint: Path
-) -> tuple[int, dict[str, float]]:
-    run = inspected.run
-    identity = {"model": inspected.description.fingerprint, "adapter": run.adapter.model_dump(mode="json")}
+def _measure(prepared: Inspected, world: World, checkpoint: Path) -> tuple[int, dict[str, float]]:
+    run = prepared.run
+    identity = {"model": prepared.description.fingerprint, "adapter": run.adapter.model_dump(mode="json")}
     found = Checkpointer(Path(run.run_dir), world=world, keep=1, identity=identity).open(checkpoint)
-    engine = build.build_engine(inspected, world)
+    engine = build.build_engine(prepared, world)
     found.expect(engine.trained)
+    if isinstance(prepared, Prepared):  # before loading: a reference may be what the engine begins with
+        stage = stages.build_stage(prepared, world, engine, judging.build_rollout(prepared, world))
+        terms = stage.held_out()
+    else:
+        tables = build.read_tables(prepared, run.data.eval)
+        sets = stages.held_out_sets(prepared, tables, world)
+        objective = TokenObjective(prepared.loss)
+        terms = {name: Term(objective, micros) for name, micros in sets.items()}
     engine.load_state_dict(found.updates, found.read)
-    objective = TokenObjective(inspected.loss)
-    sets = build.held_out_sets(inspected, tables, world)
-    return found.step, evaluate(engine, {name: Term(objective, micros) for name, micros in sets.items()})
+    metrics = evaluate(engine, terms)
+    if isinstance(prepared, Prepared) and prepared.questions:
+        rollout = judging.build_rollout(prepared, world)
+        metrics |= judging.build_assess(prepared, world, engine, rollout)(found.step)[0]
+    return found.step, metrics
 
 
 def _resume(run: Run, checkpoints: Checkpointer) -> Checkpoint | None:

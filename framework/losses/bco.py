@@ -11,10 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from framework.losses.answers import Answers, log_ratios, pair_metrics
 from framework.losses.guard import choose, counted, require
+from framework.losses.inputs import running_baseline
 from framework.losses.items import Items
 from framework.losses.kto import unpaired_metrics
 
 
+@running_baseline
 def bco(
     policy: Tensor, reference: Tensor, desirable: Tensor, weight: Tensor, baseline: Tensor, *, beta: float
 ) -> Items:

@@ -43,3 +43,15 @@ def inputs(loss: Callable[..., Any]) -> frozenset[str]:
         and p.name not in bound
         and (p.name not in reads or reads[p.name](settings))
     )
+
+
+def running_baseline(loss: Loss) -> Loss:
+    """Declare that a loss's `baseline` is the mean reward of all answers so far, and not KTO's."""
+    setattr(loss, "baseline", "running")  # noqa: B010 - a function has no declared attributes
+    return loss
+
+
+def has_running_baseline(loss: Callable[..., Any]) -> bool:
+    """Whether `loss`, a function or a `functools.partial` of one, was declared with `running_baseline`."""
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    return getattr(function, "baseline", None) == "running"

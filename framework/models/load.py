@@ -225,6 +225,14 @@ def load(description: Description, *, seed: int = 0, dtype: torch.dtype | None =
     return lm.eval()
 
 
+def unfilled(description: Description) -> Any:
+    """The transformers model on the CPU as its family makes it, for generation; without values yet."""
+    with quiet():
+        lm = _structure(description.config, "sdpa")
+        lm.generation_config = generation_config(description)
+    return lm
+
+
 def cast(lm: Any, dtype: torch.dtype) -> Any:
     """`lm` with its parameters in `dtype`. Buffers stay: a rotary table in bf16 is a wrong one."""
     for parameter in lm.parameters():

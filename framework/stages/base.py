@@ -1,7 +1,7 @@
 """The contract of a stage: where an optimizer step's micro-batches come from and what they cost.
 
-A stage knows no strategy; ranks meet in it only through `World`. It answers `next(step)` with terms; each term has
-its own denominator, so adding replay or a pretraining term to any stage is adding a term.
+A stage knows no strategy; ranks meet in it only through `World`. It answers `next(step)` with terms;
+each term has its own denominator, so adding replay or a pretraining term to any stage is adding a term.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Term:
     objective: Objective
     micros: Sequence[Batch]  # this rank's share; the same number on every rank
     scale: float = 1.0
+    name: str = ""  # of a term beside the stage's own; its metrics are reported as "<name>/<metric>"
     stats: Mapping[str, float] = field(default_factory=dict)  # of the global step, alike on all ranks
 
 

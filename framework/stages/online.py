@@ -20,7 +20,6 @@ from torch import Tensor
 from framework.batch import Outputs
 from framework.errors import ConfigError, SapwoodError
 from framework.keyed import key
-from framework.losses.items import Objective
 from framework.rollout.base import Rollout, Sampling
 from framework.rollout.experience import (
     Averaging,
@@ -35,7 +34,6 @@ from framework.stages import measures, sharing
 from framework.stages.asking import Clock, Prompts, Reward, ask, check_failures
 from framework.stages.base import Term
 from framework.stages.policy_objective import PolicyObjective
-from framework.stages.sft import Loader
 from framework.strategy.base import Engine
 
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,15 +77,6 @@ class Plan:
     shown: int = 4  # answers in a "samples" report
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A second term beside every step: pretraining or supervised data (PPO-ptx)."""
-
-    loader: Loader
-    objective: Objective
-    scale: float
-
-
 class Online:
     """A `Stage` that rolls out when its queue of minibatches is empty.
 
@@ -112,7 +101,6 @@ class Online:
         shaping: Shaping = UNSHAPED,
         correction: Correction | None = None,
         reference: Callable[..., Outputs] | None = None,
-        replay: Replay | None = None,
         held_out: Mapping[str, Term] | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
@@ -129,7 +117,6 @@ class Online:
         self.reference = reference if method.wants_reference else None
         self.shaping, self.seen = shaping, Running()
         self.correction = correction
-        self.replay = replay
         self.decode = decode
         self.index = 0  # prompts consumed
         self.iteration = 0  # iterations rolled out
@@ -156,12 +143,7 @@ class Online:
         )
         self._unchecked = True
         objective = self.method.objective(self.iteration - 1)
-        terms = [Term(objective, micros, stats=self._stats(chosen, len(micros)))]
-        if self.replay is not None:
-            taken = self.replay.loader.next()
-            stats = {f"replay_{k}": taken.stats[k] for k in ("tokens", "trained_tokens") if k in taken.stats}
-            terms.append(Term(self.replay.objective, taken.micros, self.replay.scale, stats))
-        return terms
+        return [Term(objective, micros, stats=self._stats(chosen, len(micros)))]
 
     @property
     def resting(self) -> bool:
@@ -187,21 +169,18 @@ class Online:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the method's numbers; whole only while `resting`."""
-        state = {
+        return {
             "index": self.index,
             "iteration": self.iteration,
             "scores": asdict(self.seen),
             "method": self.method.state_dict(),
         }
-        return state if self.replay is None else state | {"replay": self.replay.loader.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the next iteration."""
         self.index, self.iteration = int(state["index"]), int(state["iteration"])
         self.seen = Running(**state["scores"])
         self.method.load_state_dict(state["method"])
-        if self.replay is not None:
-            self.replay.loader.load_state_dict(state["replay"])
         self._experience = None
         self._queue.clear()
         self._unchecked = False
@@ -287,7 +266,7 @@ class Online:
         if experience.sampler_logps is None:
             raise SapwoodError(
                 "stage.correction needs the sampler's log-probabilities, but this rollout engine gives none; "
-                "type stage.correction=null"
+                "type stage.correction.level=none"
             )
         return replace(
             experience,

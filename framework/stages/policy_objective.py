@@ -15,7 +15,20 @@ from framework.losses.inputs import inputs
 from framework.losses.items import Items
 from framework.strategy.base import Engine, World
 
+GIVEN = (
+    "weight",
+    "segments",
+    "old_logps",
+    "advantages",
+    "correction",
+    "reference_logps",
+    "old_values",
+    "returns",
+)
+"""What comes with the batch, and"""
 COMPUTED = frozenset({"entropies", "mean_logps", "collisions", "values"}) & frozenset(Outputs._fields)
+"""what the model computes on request; log-probabilities always."""
+OFFERED = (*GIVEN, "logps", *sorted(COMPUTED))
 
 
 class PolicyObjective:

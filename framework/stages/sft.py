@@ -45,6 +45,8 @@ class TokenObjective:
     than one name in `sources`, "loss/<name>" is reported beside the mean over all.
     """
 
+    in_nats = True
+
     def __init__(self, loss: Callable[..., Items], sources: Sequence[str] = ()) -> None:
         self.loss = loss
         self.sources = sources

@@ -13,7 +13,8 @@ from framework.train.meter import Sums, join
 def evaluate(engine: Engine, held_out: Mapping[str, Term]) -> dict[str, float]:
     """Global weighted means of every held-out set, without gradients or dropout.
 
-    Returns "<set>/loss" in nats per unit, "<set>/perplexity", "<set>/units" and "<set>/<metric>".
+    Returns "<set>/loss" per unit, "<set>/units", "<set>/<metric>", and "<set>/perplexity" where the
+    objective says that its loss is `in_nats` per token.
     Collective: every rank holds the same number of micro-batches of every set.
     """
     metrics: dict[str, float] = {}
@@ -25,6 +26,7 @@ def evaluate(engine: Engine, held_out: Mapping[str, Term]) -> dict[str, float]:
             means, weights = join(engine.world.gather(sums.tolist()))
             metrics |= {f"{name}/{key}": value for key, value in means.items()}
             metrics[f"{name}/units"] = weights["loss"]
-            # exp(709) is the largest double: a diverged model reports inf, not an OverflowError.
-            metrics[f"{name}/perplexity"] = math.exp(means["loss"]) if means["loss"] < 709 else math.inf
+            if getattr(term.objective, "in_nats", False):
+                # exp(709) is the largest double: a diverged model reports inf, not an OverflowError.
+                metrics[f"{name}/perplexity"] = math.exp(means["loss"]) if means["loss"] < 709 else math.inf
     return metrics

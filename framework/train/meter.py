@@ -27,19 +27,20 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}
 
-    def add(self, items: Items) -> None:
-        """Count one micro-batch in fp64, on its device.
+    def add(self, items: Items, *, term: str = "") -> None:
+        """Count one micro-batch in fp64, on its device, under names that begin with `term`.
 
         A unit counts for a metric where its weight is positive and the metric is not NaN. The loss
         counts wherever the weight is positive, so that a NaN in it is seen.
         """
         counted = items.weight > 0
         weight = torch.where(counted, items.weight, 0).double()  # [N]
-        self._put("loss", items.total().detach().double(), weight.sum())
+        prefix = f"{term}/" if term else ""
+        self._put(f"{prefix}loss", items.total().detach().double(), weight.sum())
         for name, metric in items.metrics.items():
             applies = counted & ~metric.isnan()
             value = torch.where(applies, metric.double() * weight, 0).sum()
-            self._put(name, value, torch.where(applies, weight, 0).sum())
+            self._put(f"{prefix}{name}", value, torch.where(applies, weight, 0).sum())
 
     def _put(self, name: str, value: Tensor, weight: Tensor) -> None:
         entry = self._sums.setdefault(name, [torch.zeros_like(value), torch.zeros_like(weight)])
@@ -83,9 +84,9 @@ class Meter:
         self._latest: dict[str, float] = {}
         self._clock = time.perf_counter()
 
-    def add(self, items: Items) -> None:
-        """Count one micro-batch of this rank."""
-        self._sums.add(items)
+    def add(self, items: Items, *, term: str = "") -> None:
+        """Count one micro-batch of this rank, of the term of that name."""
+        self._sums.add(items, term=term)
 
     def count(self, stats: Mapping[str, float]) -> None:
         """Facts of a global step, alike on all ranks: counts are added up, positions replaced.

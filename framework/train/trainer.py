@@ -53,6 +53,13 @@ class Save(Protocol):
     def save(self, step: int, engine_state: EngineState, state: Mapping[str, Any]) -> Path: ...
 
 
+Report = tuple[str, Mapping[str, Any]]
+"""(kind, metrics), a line for the tracker."""
+
+Assess = Callable[[int], tuple[Mapping[str, float], Sequence[Report]]]
+"""Optimizer steps done -> metrics beside the held-out losses, and lines. Collective; alike on all ranks."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """When things happen, in optimizer steps. 0 = never."""
@@ -65,7 +72,8 @@ class Plan:
     evaluate_every: int
     evaluate_at_start: bool
     checkpoint_every: int
-    metric: str | None  # the held-out metric that "best" follows; lower is better
+    metric: str | None  # the held-out metric that "best" follows
+    goal: str  # whether that should be small ("min") or large ("max")
 
 
 @dataclass
@@ -115,7 +123,7 @@ def accumulate(engine: Engine, terms: Sequence[Term], *, seed: int, step: int, m
         with engine.micro(last=number == len(micros) - 1):
             items = terms[i].objective(engine, batch)
             engine.backward(items.total() * (terms[i].scale / units[i]))
-        meter.add(items)
+        meter.add(items, term=terms[i].name)
     for term in terms:
         meter.count(term.stats)
 
@@ -130,8 +138,12 @@ def train(
     tracker: Tracker,
     stop: Stop,
     resume: Saved | None = None,
+    assess: Assess | None = None,
 ) -> Result:
     """Train until `plan.steps` or until `stop`, from the start or from `resume`.
+
+    `assess` measures what no held-out loss says, whenever held-out losses are measured. Checkpoints wait for
+    a stage that is in the middle of something, and so does a stop.
 
     Collective. Returns "interrupted" after a checkpoint at the last whole step, or "done". Raises
     SapwoodError when `plan.max_skipped` steps in a row had a gradient that is not finite.
@@ -147,13 +159,23 @@ def train(
     began = time.perf_counter() - progress.seconds
     saved_at = progress.step if resume is not None else -1
 
+    def report(lines: Sequence[Report]) -> None:
+        for kind, line in lines:
+            tracker.log(kind, line, step=progress.step)
+
     def measure() -> None:
         progress.evaluated = progress.step
         metrics.clear()
         metrics.update(evaluate(engine, stage.held_out()))
+        if assess is not None:
+            found, lines = assess(progress.step)
+            metrics.update(found)
+            report(lines)
         value = metrics.get(plan.metric) if plan.metric else None
-        if value is not None and math.isfinite(value) and (progress.best is None or value < progress.best):
-            progress.best, progress.best_step = value, progress.step
+        if value is not None and math.isfinite(value):
+            better = math.inf if progress.best is None else progress.best - value
+            if progress.best is None or (better > 0 if plan.goal == "min" else better < 0):
+                progress.best, progress.best_step = value, progress.step
         tracker.log("eval", metrics, step=progress.step)
 
     def save(*, stopping: bool) -> None:
@@ -175,7 +197,7 @@ def train(
         saved_at = progress.step
 
     def evaluation_due() -> bool:
-        if not stage.held_out() or progress.evaluated == progress.step:
+        if progress.evaluated == progress.step or not (stage.held_out() or assess is not None):
             return False
         if progress.step == 0:
             return plan.evaluate_at_start
@@ -184,11 +206,14 @@ def train(
     # Also after a resume: a run that was stopped right before an evaluation makes up for it.
     if evaluation_due():
         measure()
+    report(stage.reports())
     meter = Meter(world)
+    owed = False  # a checkpoint that was due while the stage was in the middle of something
     while progress.step < plan.steps:
         step = progress.step
         rate = learning_rate(step)
         terms = stage.next(step)
+        report(stage.reports())
         accumulate(engine, terms, seed=plan.seed, step=step, meter=meter)
         norm = engine.step(lr=rate, max_grad_norm=plan.max_grad_norm)
 
@@ -209,12 +234,15 @@ def train(
                 f"{progress.step}); weights are those before them. Lower optim.lr, try precision=fp32, or "
                 "look at the last rows with launch/preview.py"
             )
-        stopping = bool(world.max([float(stop.requested)])[0])
+        resting = stage.resting
+        stopping = bool(world.max([float(stop.requested)])[0]) and resting
+        owed = owed or _due(progress.step, plan.checkpoint_every)
         with meter.paused():
             if evaluation_due() and (last or not stopping):
                 measure()
-            if last or stopping or _due(progress.step, plan.checkpoint_every):
+            if last or stopping or (owed and resting):
                 save(stopping=stopping)
+                owed = False
         if stopping and not last:
             return Result("interrupted", progress, metrics)
     progress.seconds = time.perf_counter() - began

@@ -9,12 +9,35 @@ import yaml
 
 from framework.config import names, targets
 from framework.config.compose import CONF, check, compose
+from framework.config.nodes import RewardFunction
 from framework.config.schema import Run
 
 GIVEN = ["model.path=some/model", "data.train=[{path: rows.jsonl}]"]
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = names.groups([CONF])
-NEEDED = {"replay=fixed": ["replay.sources=[{path: general.jsonl}]"]}  # what a choice asks for besides
+POLICY_GRADIENTS = (
+    "ppo grpo dr_grpo dapo gspo gmpo cispo sapo rloo reinforce reinforce_plus_plus".split()
+)  # fmt: skip
+TEXT = "replay.sources=[{path: general.jsonl}]"
+ONLINE = ["stage=grpo", "reward=verifier"]
+NEEDED = {  # what a choice asks for besides
+    "replay=fixed": [TEXT],
+    "replay=term": [TEXT, "stage=preference"],
+    "stage=ppo": ["reward=verifier"],
+    "stage=grpo": ["reward=verifier"],
+    "reward=model": ["reward.model=some/model"],
+    "loss=sft": [],
+    "loss=dft": [],
+    "loss=reward": ["stage=reward"],
+    **{f"loss={name}": ONLINE for name in POLICY_GRADIENTS},
+}
+
+
+def needed(group, choice):
+    """Losses that are not named above are of preferences."""
+    return NEEDED.get(f"{group}={choice}", ["stage=preference"] if group == "loss" else [])
+
+
 CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices if group != "local"]
 
 
@@ -24,7 +47,9 @@ def relative(path):
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])
 def test_every_choice_composes_and_binds(group, choice):
-    targets.loss(compose([*GIVEN, f"{group}={choice}", *NEEDED.get(f"{group}={choice}", [])]))
+    run = compose([*GIVEN, f"{group}={choice}", *needed(group, choice)])
+    targets.loss(run)
+    targets.rewards(run)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +95,10 @@ def leaves(model_keys):
 
 
 def test_schema_and_files_know_the_same_keys():
-    """Keywords of a loss are the functions' own; everything else is in both, or in neither."""
-    in_files = {place.key for place in names.places([CONF]) if not place.key.startswith("loss")}
-    in_schema = {key for key in names.schema_keys() if not key.startswith("loss")}
+    """Keywords of a function are its own; everything else is in both, or in neither."""
+    free = ("loss", "evaluate.score.")
+    in_files = {place.key for place in names.places([CONF]) if not place.key.startswith(free)}
+    in_schema = {key for key in names.schema_keys() if not key.startswith(free)}
     assert leaves(in_schema) - in_files == set()
     assert in_files - in_schema == set()
 
@@ -86,7 +112,8 @@ def test_the_schema_holds_no_value_of_its_own():
             if not field.is_required():
                 with_default.append(f"{where}{name}")
             for inner in names._models(field.annotation):
-                look(inner, f"{where}{name}.")
+                if inner is not RewardFunction:  # a member of a list as a rule
+                    look(inner, f"{where}{name}.")
 
     look(Run, "")
     assert with_default == []
@@ -96,7 +123,8 @@ def test_names_of_groups_name_themselves():
     """`strategy=fsdp` must choose the file that says name: fsdp."""
     for group, key in (("strategy", "name"), ("schedule", "name"), ("stage", "name"), ("adapter", "kind")):
         for choice in GROUPS[group]:
-            assert yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())[key] == choice
+            tree = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+            assert tree.get(group, tree)[key] == choice
 
 
 def test_a_result_leaves_nothing_of_hydra_behind(tmp_path, monkeypatch):

@@ -162,7 +162,7 @@ def test_what_a_trusted_package_imports_is_not_its_own(package, function):
         ("open", ["+loss.a={_target_: os.system}"], "loss.a._target_: found inside of loss.a"),
         ("open", ["+loss.a=[[{_target_: os.system}]]"], r"loss.a\[0\]\[0\]._target_: found inside"),
         ("open", ["+loss._args_=[1]"], "loss._args_: found inside of loss"),
-        ("unrelated", [], "takes none of logps"),
+        ("unrelated", [], "asks for nothing; expected a loss of stage=sft"),
         ("focl", [], "no focl in mypackage.losses; type loss._target_=mypackage.losses.focal"),
     ],
 )

@@ -60,14 +60,15 @@ def overrides(model: Path, data: Path, cache: Path, **changes: Any) -> list[str]
 
 def train(world: Any, arguments: Sequence[str], *, steps: int) -> dict[str, Any]:
     """Losses, norms and the first step's gradient (this rank's slices) of a run."""
-    from framework.config import build, compose
+    from framework.config import build, compose, stages
     from framework.strategy.base import FIRST
     from framework.train.meter import Meter
     from framework.train.trainer import accumulate
 
     run = compose.compose(arguments)
     prepared = build.prepare(run)
-    engine, stage = build.build_engine(prepared, world), build.build_stage(prepared, world)
+    engine = build.build_engine(prepared, world)
+    stage = stages.build_stage(prepared, world, engine)
     rate, meter = build.learning_rate(prepared), Meter(world)
     answer: dict[str, Any] = {"losses": [], "norms": [], "micros": []}
     for step in range(steps):

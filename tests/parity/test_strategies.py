@@ -116,10 +116,11 @@ def test_the_reference_would_notice_a_mean_of_means(data, references, tiny_model
 
 
 def mean_of_means(world, arguments):
-    from framework.config import build, compose
+    from framework.config import build, compose, stages
 
     prepared = build.prepare(compose.compose(arguments))
-    engine, stage = build.build_engine(prepared, world), build.build_stage(prepared, world)
+    engine = build.build_engine(prepared, world)
+    stage = stages.build_stage(prepared, world, engine)
     (term,) = stage.next(0)
     with torch.no_grad():
         means = [float(term.objective(engine, batch).total()) / batch.units for batch in term.micros]

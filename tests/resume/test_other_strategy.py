@@ -41,14 +41,15 @@ def command(tmp_path_factory, tiny_model_dir):
 
 def train(world, arguments, *, start, stop):
     """Train steps start..stop-1, from the run's newest checkpoint if start > 0, and save at the end."""
-    from framework.config import build, compose
+    from framework.config import build, compose, stages
     from framework.train.meter import Meter
     from framework.train.trainer import accumulate
 
     run = compose.compose(arguments)
     prepared = build.prepare(run)
     checkpoints = build.checkpointer(prepared, world)
-    engine, stage = build.build_engine(prepared, world), build.build_stage(prepared, world)
+    engine = build.build_engine(prepared, world)
+    stage = stages.build_stage(prepared, world, engine)
     answer = {"losses": [], "rows": []}
     if start > 0:
         found = checkpoints.newest()

@@ -12,8 +12,7 @@ from framework.losses.items import Items
 from framework.rollout.base import Completion, Prompt, Sampling
 from framework.rollout.experience import Experience, Shaping
 from framework.stages import measures
-from framework.stages.base import Term
-from framework.stages.online import Online, Plan, Replay
+from framework.stages.online import Online, Plan
 from framework.stages.policy_objective import PolicyObjective
 from framework.strategy.world import Solo
 
@@ -253,30 +252,6 @@ def test_epochs_end_when_the_policy_has_moved_too_far():
     assert rl.state_dict()["iteration"] == 2
 
 
-def test_replay_is_a_second_term_with_its_own_scale():
-    class Loader:
-        index = 0
-
-        def next(self):
-            self.index += 3
-            return type("Step", (), {"micros": ["batch"], "stats": {"tokens": 9.0, "data_index": 3.0}})()
-
-        def state_dict(self):
-            return {"index": self.index}
-
-        def load_state_dict(self, state):
-            self.index = state["index"]
-
-    rl = stage(replay=Replay(Loader(), reinforce, 0.25))
-    _, term = rl.next(0)
-    assert isinstance(term, Term)
-    assert (term.scale, term.micros) == (0.25, ["batch"])
-    assert term.stats == {"replay_tokens": 9.0}
-    assert rl.state_dict()["replay"] == {"index": 3}
-    rl.load_state_dict(rl.state_dict() | {"replay": {"index": 12}})
-    assert rl.replay.loader.index == 12
-
-
 def test_the_difference_between_sampler_and_trainer_by_hand():
     """Log ratios 0 and ln 3: mean (ln 3) / 2, KL ((1 - 1) + (3 - 1 - ln 3)) / 2, ESS 16 / (2 * 10)."""
     got = measures.mismatch(torch.tensor([0.0, math.log(3.0)], dtype=torch.float64))
@@ -316,7 +291,7 @@ def test_a_correction_needs_a_sampler_that_keeps_its_log_probabilities():
     rl = stage(rollout=Silent())
     rl.next(0)
     assert not [name for name in rl.reports()[0][1] if name.startswith("mismatch")]
-    with pytest.raises(SapwoodError, match="correction=null"):
+    with pytest.raises(SapwoodError, match=r"correction\.level=none"):
         stage(rollout=Silent(), correction=partial(sampler_correction, level="token")).next(0)
 
 

@@ -86,6 +86,11 @@ class Steps:
         self.index += 1
         return [Term(objective, self.steps[self.index - 1], stats={"tokens": 3, "trained_tokens": 2})]
 
+    resting = True
+
+    def reports(self):
+        return []
+
     def held_out(self):
         return self._held_out
 
@@ -134,13 +139,14 @@ def plan(steps, **changes):
         evaluate_at_start=False,
         checkpoint_every=0,
         metric=None,
+        goal="min",
     )
     return Plan(**(defaults | changes))
 
 
 def run(stage, record, **changes):
     engine = Line()
-    resume = changes.pop("resume", None)
+    resume, assess = changes.pop("resume", None), changes.pop("assess", None)
     result = train(
         stage,
         engine,
@@ -150,6 +156,7 @@ def run(stage, record, **changes):
         tracker=record,
         stop=record,
         resume=resume,
+        assess=assess,
     )
     return engine, result
 
@@ -214,6 +221,48 @@ def test_stopped_and_resumed_is_bitwise_the_run_that_was_never_stopped():
         assert joined == [(step, line["loss"] if kind == "train" else line) for step, line in whole.of(kind)]
     assert resumed.progress.best == result.progress.best
     assert resumed.progress.tokens == 8 * 3
+
+
+class Iterations(Steps):
+    """Three steps from one rollout: whole only after the third."""
+
+    @property
+    def resting(self):
+        return self.index % 3 == 0
+
+    def reports(self):
+        return [("rollout", {"reward": 1.0})] if self.index % 3 == 1 else []
+
+
+def test_checkpoints_and_stops_wait_until_the_stage_rests():
+    """Due after steps 2, 4 and 6 of 9, saved after 3, 6 and the last; a stop asked for at step 4 waits."""
+    steps = [[micro(1.0)] for _ in range(9)]
+    record = Record()
+    run(Iterations(steps), record, checkpoint_every=2)
+    assert [saved.step for saved in record.saved] == [3, 6, 9]
+    assert [step for step, _ in record.of("rollout")] == [0, 3, 6]
+    record = Record(stop_at=5)  # lines: a rollout and three steps, then another rollout
+    _, result = run(Iterations(steps), record)
+    assert (result.status, result.progress.step) == ("interrupted", 6)
+
+
+def test_what_is_assessed_is_an_evaluation_and_the_largest_can_be_best():
+    found = iter([0.25, 0.75, 0.5])
+
+    def assess(step):
+        return {"task/accuracy": next(found)}, [("samples", {"rows": [step]})]
+
+    record = Record()
+    changes = {"evaluate_every": 2, "metric": "task/accuracy", "goal": "max"}
+    _, result = run(Steps([[micro(1.0)] for _ in range(6)]), record, assess=assess, **changes)
+    assert [(step, line["task/accuracy"]) for step, line in record.of("eval")] == [
+        (2, 0.25),
+        (4, 0.75),
+        (6, 0.5),
+    ]
+    assert (result.progress.best, result.progress.best_step) == (0.75, 4)
+    assert [step for step, _ in record.of("samples")] == [2, 4, 6]
+    assert result.metrics == {"task/accuracy": 0.5}
 
 
 def test_dropout_differs_between_steps_and_micro_batches():

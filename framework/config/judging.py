@@ -1,0 +1,131 @@
+"""From a prepared run to what answers and what says what answers are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from framework.config import build
+from framework.config.build import Inspected, Prepared
+from framework.config.nodes import Lora
+from framework.config.schema import Run
+from framework.config.stage import RewardFunction
+from framework.data.prompts import Prompts
+from framework.models import load
+from framework.rollout.assess import Assessor
+from framework.rollout.base import Completion, Prompt, Rollout, Sampling
+from framework.rollout.experience import Packing
+from framework.rollout.hf import HfRollout
+from framework.rollout.judge import Judge, Spec
+from framework.rollout.pool import Limits
+from framework.stages.judge import ModelReward, Scored
+from framework.strategy.base import Engine, World
+from framework.train.trainer import Assess, Report
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MIB = 2**20
+
+
+def sampling_of(run: Run) -> Sampling:
+    """How answers to learn from are drawn."""
+    chosen = run.rollout
+    return Sampling(
+        max_new_tokens=chosen.max_new_tokens,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        top_k=chosen.top_k,
+        samples=chosen.samples,
+        seed=run.seed,
+    )
+
+
+def build_rollout(inspected: Inspected, world: World) -> Rollout:
+    """A copy of the policy that answers; it is empty until its first `update`."""
+    run, description = inspected.run, inspected.description
+    lora = run.adapter if isinstance(run.adapter, Lora) else None
+    return HfRollout(
+        partial(load.unfilled, description),
+        description.tokenizer,
+        world,
+        batch_size=run.rollout.batch_size,
+        dtype=DTYPES[run.precision],
+        lora_scaling=lora.alpha / lora.rank if lora else None,
+    )
+
+
+class Reward:
+    """The weighted sum of reward functions and a reward model, either of which may be absent."""
+
+    def __init__(self, judge: Judge | None, model: ModelReward | None, model_weight: float) -> None:
+        self.judge, self.model, self.model_weight = judge, model, model_weight
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scored:
+        """[N] scores, alike on all ranks. Collective."""
+        scores = torch.zeros(len(completions), dtype=torch.float64)
+        metrics: dict[str, float] = {}
+        if self.judge is not None:
+            judged = self.judge(prompts, completions)
+            scores, metrics = scores + judged.scores, dict(judged.metrics)
+        if self.model is not None:
+            said = self.model(prompts, completions).scores
+            scores = scores + self.model_weight * said
+            metrics["reward/model"] = float(said.mean())
+        return Scored(scores, metrics)
+
+
+def build_reward(inspected: Inspected, world: World, packing: Packing) -> Reward:
+    """What answers to learn from are worth."""
+    chosen = inspected.run.reward
+    judge = _judge(inspected.run, chosen.functions, world) if chosen.functions else None
+    model = None
+    if inspected.judge is not None:
+        frozen = build.build_frozen(inspected, inspected.judge, world)
+        model = ModelReward(frozen, packing=packing, world=world)
+    return Reward(judge, model, chosen.model_weight)
+
+
+def build_assess(prepared: Prepared, world: World, engine: Engine, rollout: Rollout) -> Assess:
+    """Answers the run's questions with the weights of the moment, greedily, and has them judged."""
+    run = prepared.run
+    score = run.evaluate.score
+    functions: Sequence[RewardFunction] = run.reward.functions if score is None else (score,)
+    judge = _judge(run, functions, world)
+    verifier = next((f.called for f in functions if f.only_exact), functions[0].called)
+    sampling = Sampling(max_new_tokens=run.rollout.max_new_tokens, temperature=0.0, seed=run.seed)
+    decode = partial(prepared.description.tokenizer.decode, skip_special_tokens=True)
+    assessors: dict[str, Callable[[], Any]] = {}
+    for table in prepared.questions:
+        count = min(len(table), run.evaluate.max_examples or len(table))
+        asked = Prompts([table], seed=run.seed, shuffle=False).take(0, count)
+        assessors[table.name] = Assessor(
+            rollout,
+            [Prompt(**vars(prompt)) for prompt in asked],
+            judge,
+            sampling,
+            decode=decode,
+            verifier=verifier,
+            shown=run.evaluate.samples,
+        )
+
+    def assess(step: int) -> tuple[Mapping[str, float], Sequence[Report]]:
+        rollout.update(engine.weights(), version=step)
+        metrics: dict[str, float] = {}
+        lines: list[Report] = []
+        for name, assessor in assessors.items():
+            found = assessor()
+            metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+            if found.samples:
+                lines.append(("samples", {"rows": list(found.samples)}))
+        return metrics, lines
+
+    return assess
+
+
+def _judge(run: Run, functions: Sequence[RewardFunction], world: World) -> Judge:
+    chosen = run.reward
+    specs = [Spec(f.called, f.target, f.keywords, f.weight, f.only_exact, f.only_finished) for f in functions]
+    limits = Limits(timeout_s=chosen.timeout_s, memory_bytes=chosen.memory_mib * MIB)
+    return Judge(specs, world, workers=chosen.workers, limits=limits, max_failed=chosen.max_failed)

@@ -1,0 +1,154 @@
+"""Parts of the tree that say what is trained for: the stage, its rollouts and rewards. No value lives here.
+
+See `config.schema` for the rules.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from framework.config.nodes import Node, Positive, RewardFunction, Share, Text, refuse
+
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Where = Literal["auto", "adapter", "frozen"]
+
+
+class Sft(Node):
+    name: Literal["sft"]
+
+
+class RewardModel(Node):
+    name: Literal["reward"]
+    margin_from_scores: bool
+
+
+class Preference(Node):
+    name: Literal["preference"]
+    reference: Where | Literal["cached"]
+    reference_path: Text | None
+    sync_every: Positive | None
+    sync_mix: Annotated[float, Field(gt=0, le=1)]
+    ld_alpha: Annotated[float, Field(ge=0, le=1)]
+    wpo: bool
+    margin_from_scores: bool
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.sync_every is not None and self.reference != "frozen":
+            raise refuse(
+                "stage.sync_every, stage.reference",
+                f"a moving reference that is {self.reference}",
+                "a frozen copy, which alone can move",
+                "stage.reference=frozen or stage.sync_every=null",
+            )
+        if self.reference_path is not None and self.reference == "adapter":
+            raise refuse(
+                "stage.reference_path, stage.reference",
+                "another model as reference, and the policy without its adapter",
+                "one of the two",
+                "stage.reference=frozen or stage.reference_path=null",
+            )
+        return self
+
+
+class Correction(Node):
+    level: Literal["none", "token", "sequence", "geometric"]
+    outside: Literal["truncate", "mask"]
+    low: Annotated[float, Field(ge=0, le=1)]
+    high: Annotated[float, Field(ge=1)]
+
+
+class Shaping(Node):
+    mean: float
+    std: AboveZero
+    running: bool
+    missing_eos_penalty: NotNegative
+    clip: AboveZero | None
+
+
+class OnPolicy(Node):
+    """What all reinforcement learning has."""
+
+    prompts: Positive
+    epochs: Positive
+    averaging: Literal["token", "sequence", "constant"]
+    extra_prompts: Count
+    mask_truncated: bool
+    stop_kl: AboveZero | None
+    kl_coefficient: NotNegative
+    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_target: AboveZero | None
+    kl_horizon: AboveZero
+    reference: Where
+    reference_path: Text | None
+    shaping: Shaping
+    correction: Correction
+
+    @model_validator(mode="after")
+    def _controlled(self) -> Self:
+        if self.kl_target is not None and self.kl_coefficient == 0:
+            raise refuse(
+                "stage.kl_target, stage.kl_coefficient",
+                "an adaptive coefficient that begins at 0 and is multiplied",
+                "a coefficient above 0",
+                "stage.kl_coefficient=0.05 or stage.kl_target=null",
+            )
+        return self
+
+
+class Ppo(OnPolicy):
+    name: Literal["ppo"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    gae_lambda: Annotated[float, Field(ge=0, le=1)]
+    whiten_rewards: bool
+    whiten_advantages: bool
+    value_scale: AboveZero
+    value_clip: AboveZero | None
+    critic: Text | None
+    critic_lr_scale: AboveZero
+    critic_warmup: Count
+
+
+class Grpo(OnPolicy):
+    name: Literal["grpo"]
+    advantages: Literal[
+        "group_normalised",
+        "group_centred",
+        "leave_one_out",
+        "batch_scaled",
+        "length_weighted",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+    ]
+
+
+ONLINE = ("ppo", "grpo")
+
+
+class Rollout(Node):
+    engine: Literal["hf", "vllm"]
+    samples: Positive
+    temperature: AboveZero
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Count
+    max_new_tokens: Positive
+    batch_size: Positive
+    options: dict[str, Any]
+
+
+class Rewards(Node):
+    functions: tuple[RewardFunction, ...]
+    model: Text | None
+    model_weight: float
+    workers: Positive
+    timeout_s: AboveZero
+    memory_mib: Positive
+    max_failed: Share
+
+    @property
+    def empty(self) -> bool:
+        return not self.functions and self.model is None

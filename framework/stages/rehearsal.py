@@ -1,0 +1,71 @@
+"""What every stage may have beside its own work: text to rehearse and text to watch.
+
+Rehearsal is a second term with a denominator and a coefficient of its own (PPO-ptx, Ouyang et al. 2022,
+section 3.5), so it means the same beside a preference loss, a policy gradient or a critic's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from framework.losses.items import Objective
+from framework.stages.base import Stage, Term
+from framework.stages.sft import Loader
+
+REPORTED = ("tokens", "trained_tokens")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """General data, imitated in every optimizer step."""
+
+    loader: Loader
+    objective: Objective
+    scale: float  # coefficient of its token mean beside the stage's loss
+
+
+class Rehearsal:
+    """`stage` with a term of replay in each step and with general text among its held-out sets."""
+
+    def __init__(self, stage: Stage, *, replay: Replay | None, retention: Mapping[str, Term]) -> None:
+        self.stage, self.replay, self.retention = stage, replay, retention
+
+    def next(self, step: int) -> Sequence[Term]:
+        """The stage's terms, then replay's, whose tokens are counted as replay's own."""
+        terms = list(self.stage.next(step))
+        if self.replay is not None:
+            taken = self.replay.loader.next()
+            stats = {f"replay_{name}": taken.stats[name] for name in REPORTED}
+            terms.append(
+                Term(self.replay.objective, taken.micros, self.replay.scale, name="replay", stats=stats)
+            )
+        return terms
+
+    @property
+    def resting(self) -> bool:
+        """Whenever the stage is."""
+        return self.stage.resting
+
+    def reports(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """The stage's."""
+        return self.stage.reports()
+
+    def held_out(self) -> Mapping[str, Term]:
+        """The stage's sets and the general ones."""
+        return {**self.stage.held_out(), **self.retention}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage's state and the position of replay."""
+        if self.replay is None:
+            return self.stage.state_dict()
+        return {"stage": self.stage.state_dict(), "replay": self.replay.loader.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        if self.replay is None:
+            self.stage.load_state_dict(state)
+            return
+        self.stage.load_state_dict(state["stage"])
+        self.replay.loader.load_state_dict(state["replay"])
