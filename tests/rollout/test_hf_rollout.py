@@ -234,6 +234,7 @@ def test_answers_with_adapters_are_those_of_the_adapted_model(tiny_model_dir):
     assert_exact(trainer, asked, engine.generate(asked, SAMPLED), 0.7)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_gpt2_keeps_its_weights_the_other_way_round():
     """Conv1D holds [in, out]; a square one would take B A unturned without complaint."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -197,6 +197,8 @@ def assert_answers(engine, model, version):
             assert answer.version == version
             assert answer.text == engine.tokenizer.decode(answer.ids, skip_special_tokens=True)
     assert engine.generate(asked[1:3], sampling) == answers[1:3]  # keyed by prompt, not by place
+    first = engine.generate(asked, Sampling(8, temperature=0.7, seed=5))
+    assert [group[0] for group in answers] == [group[0] for group in first]
 
 
 @pytest.mark.parametrize("kind", ["server", "colocated"])
