@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from framework.strategy.base import Shardable
+from framework.strategy.lean import make_lean
 
 EVERY = {"full": 1, "selective": 2}
 """Of how many blocks one is checkpointed.
@@ -31,13 +32,15 @@ attention kernel to be known by name. Blocks work with all of them. Not measured
 def checkpoint_blocks(model: nn.Module, kind: str) -> None:
     """Make blocks of `model` keep only their inputs and compute again in the backward pass.
 
-    `kind` is "none", "selective" (every other block) or "full" (all). Gradients are the same to the
+    `kind` is "none", "selective" (every other block) or "full" (all). Blocks that keep their products
+    drop at least what is cheap to compute again (`lean`). Gradients are the same to the
     bit, dropout included: the generators' states are put back for the second computation.
     """
-    if kind == "none":
-        return
-    for block in cast(Shardable, model).blocks()[:: EVERY[kind]]:
-        block.forward = _checkpointed(block.forward)
+    for number, block in enumerate(cast(Shardable, model).blocks()):
+        if kind != "none" and number % EVERY[kind] == 0:
+            block.forward = _checkpointed(block.forward)
+        else:
+            make_lean(block)  # what a checkpointed block drops as a whole needs no second saving
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
