@@ -11,6 +11,8 @@ CHAT_PROMPT, CHAT_ANSWER = (105, 0.75), (150, 0.75)
 """Median tokens and the sigma of their logarithm, near those of open chat data: a few examples are long."""
 LONGEST = 1200  # tokens of one side
 EVEN_TOKENS = 512
+PAIR_TOKENS = 400  # median of prompt and one answer together, as long as chats with a history are
+LONGEST_OF_PAIR = 960  # of one side: both fit into 2048
 
 
 def write_model(directory: Path, shape: dict[str, Any]) -> None:
@@ -33,29 +35,36 @@ def write_model(directory: Path, shape: dict[str, Any]) -> None:
 
 
 def write_corpus(path: Path, kind: str, *, examples: int, seed: int = 0) -> None:
-    """`chat`: prompt and completion of varied length. `even`: one text, always as long."""
+    """`chat`: prompt and completion of varied length. `even`: one text, always as long. `prompts`...: prompts
+    like those of chats. `pairs-R`: a prompt and two answers of varied length, prompts R times as long."""
     generator = random.Random(seed)
     words = _words()
 
     def text(tokens: int) -> str:
         return " ".join(generator.choice(words) for _ in range(tokens))
 
-    def length(median: float, sigma: float) -> int:
-        return max(4, min(LONGEST, round(median * generator.lognormvariate(0, sigma))))
+    def length(median: float, sigma: float, longest: int = LONGEST) -> int:
+        return max(4, min(longest, round(median * generator.lognormvariate(0, sigma))))
 
-    rows: list[dict[str, Any]] = []
-    for _ in range(examples):
+    def said(role: str, median: float, sigma: float, longest: int = LONGEST) -> list[dict[str, str]]:
+        return [{"role": role, "content": text(length(median, sigma, longest))}]
+
+    def row() -> dict[str, Any]:
         if kind == "even":
-            rows.append({"text": text(EVEN_TOKENS)})
-            continue
-        prompt, answer = text(length(*CHAT_PROMPT)), text(length(*CHAT_ANSWER))
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "completion": [{"role": "assistant", "content": answer}],
+            return {"text": text(EVEN_TOKENS)}
+        if kind.startswith("prompts"):
+            return {"prompt": said("user", *CHAT_PROMPT)}
+        if kind.startswith("pairs-"):
+            ratio = float(kind.removeprefix("pairs-"))
+            answer = PAIR_TOKENS / (1 + ratio)
+            sides = ("prompt", "user", ratio * answer), ("chosen", "assistant", answer)
+            return {
+                name: said(role, median, CHAT_ANSWER[1], LONGEST_OF_PAIR)
+                for name, role, median in (*sides, ("rejected", "assistant", answer))
             }
-        )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {"prompt": said("user", *CHAT_PROMPT), "completion": said("assistant", *CHAT_ANSWER)}
+
+    path.write_text("".join(json.dumps(row()) + "\n" for _ in range(examples)))
 
 
 def _words() -> list[str]:
