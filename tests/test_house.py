@@ -35,6 +35,7 @@ HOMES = {
     "peft": ("models/adapters.py",),
     "datasets": ("data/sources.py",),
     "reasoning_gym": ("data/tasks.py",),
+    "math_verify": ("rollout/rewards.py",),
     "hydra": ("config/",),
     "omegaconf": ("config/",),
     "pydantic": ("config/",),

@@ -85,7 +85,9 @@ class Prepared(Inspected):
             identity["stage"] = run.stage.model_dump(mode="json")
             identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})
         if run.stage.name in ONLINE:
-            identity["rollout"] = run.rollout.model_dump(mode="json", exclude={"batch_size"})
+            identity["rollout"] = run.rollout.model_dump(
+                mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}
+            )
             identity["reward"] = run.reward.model_dump(mode="json", exclude={"workers"})
         others = {"critic": self.critic, "judge": self.judge, "reference": self.reference}
         return identity | {name: other.fingerprint for name, other in others.items() if other is not None}

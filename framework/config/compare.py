@@ -57,9 +57,9 @@ def models(
     ]
     measured: dict[str, dict[str, Any]] = {}
     right: dict[str, list[bool]] = {}
-    reference, _ = answering.load(models[against])
+    reference, _ = answering.load(models[against], dtype=torch.bfloat16)
     for name, path in models.items():
-        lm, tokenizer = answering.load(path)
+        lm, tokenizer = answering.load(path, dtype=torch.bfloat16)
         answers = generate(lm, tokenizer, questions, max_new_tokens=max_new_tokens)
         right[name] = [bool(verdict(answer, row)) for answer, row in zip(answers, rows, strict=True)]
         for sample, answer in zip(samples, answers, strict=False):

@@ -12,7 +12,7 @@ from framework.config import build
 from framework.config.build import Inspected, Prepared
 from framework.config.nodes import Lora
 from framework.config.schema import Run
-from framework.config.stage import RewardFunction
+from framework.config.stage import Hf, RewardFunction
 from framework.data.prompts import Prompts
 from framework.models import load
 from framework.rollout.assess import Assessor
@@ -44,16 +44,32 @@ def sampling_of(run: Run) -> Sampling:
 
 def build_rollout(inspected: Inspected, world: World) -> Rollout:
     """A copy of the policy that answers; it is empty until its first `update`."""
-    run, description = inspected.run, inspected.description
+    run, description, chosen = inspected.run, inspected.description, inspected.run.rollout
     lora = run.adapter if isinstance(run.adapter, Lora) else None
-    return HfRollout(
-        partial(load.unfilled, description),
-        description.tokenizer,
-        world,
-        batch_size=run.rollout.batch_size,
-        dtype=DTYPES[run.precision],
-        lora_scaling=lora.alpha / lora.rank if lora else None,
-    )
+    common: dict[str, Any] = {
+        "dtype": DTYPES[run.precision],
+        "lora_scaling": lora.alpha / lora.rank if lora else None,
+    }
+    if isinstance(chosen, Hf):
+        structure = partial(load.unfilled, description)
+        return HfRollout(structure, description.tokenizer, world, batch_size=chosen.batch_size, **common)
+    from framework.rollout.vllm import Colocated, Server, VllmRollout
+
+    engine: Server | Colocated
+    if chosen.url is not None:
+        engine = Server(chosen.url, timeout_s=chosen.timeout_s)
+    else:
+        engine = Colocated(
+            str(description.source.directory),
+            world,
+            max_length=run.data.max_length,
+            memory_share=chosen.memory_share,
+            dtype={"bf16": "bfloat16", "fp32": "float32"}[run.precision],
+        )
+    ends = load.generation_config(description).eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    ids = {token for token in [*known, description.tokenizer.eos_token_id] if token is not None}
+    return VllmRollout(engine, description.tokenizer, world, ends=ids, **common)
 
 
 class Reward:

@@ -42,7 +42,7 @@ from framework.config.nodes import (
     exactly_one,
     refuse,
 )
-from framework.config.stage import ONLINE, Grpo, Ppo, Preference, RewardModel, Rewards, Rollout, Sft
+from framework.config.stage import ONLINE, Grpo, Hf, Ppo, Preference, RewardModel, Rewards, Sft, Vllm
 
 
 class Run(Node):
@@ -62,7 +62,7 @@ class Run(Node):
     adapter: Annotated[Full | Lora, Field(discriminator="kind")]
     data: Data
     replay: Replay
-    rollout: Rollout
+    rollout: Annotated[Hf | Vllm, Field(discriminator="engine")]
     reward: Rewards
     batch: Batch
     optim: Optim
@@ -188,7 +188,7 @@ class Run(Node):
             node = tree
             for parent in parents:
                 node = node[parent]
-            del node[leaf]
+            node.pop(leaf, None)  # a choice may lack it
         return tree
 
     def identity(self) -> str:
@@ -209,6 +209,9 @@ INCIDENTAL = (
     "data.cache_dir",
     "data.workers",
     "rollout.batch_size",
+    "rollout.url",
+    "rollout.timeout_s",
+    "rollout.memory_share",
     "reward.workers",
     "batch.tokens_per_micro",
     "strategy",

@@ -5,7 +5,7 @@ See `config.schema` for the rules.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -130,14 +130,25 @@ ONLINE = ("ppo", "grpo")
 
 
 class Rollout(Node):
-    engine: Literal["hf", "vllm"]
+    """What every engine is told."""
+
     samples: Positive
     temperature: AboveZero
     top_p: Annotated[float, Field(gt=0, le=1)]
     top_k: Count
     max_new_tokens: Positive
+
+
+class Hf(Rollout):
+    engine: Literal["hf"]
     batch_size: Positive
-    options: dict[str, Any]
+
+
+class Vllm(Rollout):
+    engine: Literal["vllm"]
+    url: Text | None
+    timeout_s: AboveZero
+    memory_share: Annotated[float, Field(gt=0, le=1)]
 
 
 class Rewards(Node):

@@ -61,9 +61,10 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
         case _:
             assert rollout is not None
             stage = _online(prepared, world, engine, rollout)
-    if not (prepared.replay or prepared.retention):
+    retention = _retention(prepared, world)
+    if not (prepared.replay or retention):
         return stage
-    return Rehearsal(stage, replay=_replay(prepared, world), retention=_retention(prepared, world))
+    return Rehearsal(stage, replay=_replay(prepared, world), retention=retention)
 
 
 def supervised(prepared: Prepared, world: World) -> Supervised:
@@ -128,7 +129,12 @@ def _replay(prepared: Prepared, world: World) -> Replay | None:
 
 
 def _retention(prepared: Prepared, world: World) -> Mapping[str, Term]:
-    """General text to watch: its plain cross-entropy, whatever the stage's loss is."""
+    """General text to watch: its plain cross-entropy, whatever the stage's loss is.
+
+    A reward model writes nothing, so it has nothing to forget of that.
+    """
+    if prepared.run.stage.name == "reward":
+        return {}
     sets = held_out_sets(prepared, prepared.retention, world)
     return {name: Term(TokenObjective(token_losses.sft), micros) for name, micros in sets.items()}
 

@@ -82,10 +82,12 @@ def pairs(
     one, whichever does better), and the answer that `model` finds more likely; a reward model has to beat
     both. Raises DataError where no pair was found.
     """
+    import torch
+
     from framework.models import answering
     from framework.rollout.hf import generate
 
-    lm, tokenizer = answering.load(model)
+    lm, tokenizer = answering.load(model, dtype=torch.bfloat16)  # several times faster than fp32
     facts: dict[str, float] = {}
     for name, path in (("train", train), ("held-out", held_out)):
         rows = tasks.read(Path(path))[:prompts]
@@ -93,9 +95,10 @@ def pairs(
         answers = generate(
             lm,
             tokenizer,
-            [question for question in questions for _ in range(samples)],
+            questions,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            samples=samples,
             seed=key(seed, "pairs", name),
         )
         right = [verdict(answer, rows[n // samples]) for n, answer in enumerate(answers)]

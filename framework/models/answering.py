@@ -15,18 +15,21 @@ from framework.models import adapters
 from framework.models import load as models
 
 
-def load(path: str, *, gguf_file: str | None = None, device: str = "auto") -> tuple[Any, Any]:
+def load(
+    path: str, *, gguf_file: str | None = None, device: str = "auto", dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
     """The transformers (or peft) model on its device, in evaluation mode, and its tokenizer.
 
-    A directory with adapters alone is put on the model they were trained on. bf16 on CUDA, the stored
-    type elsewhere. `device` is "auto" (CUDA where there is one) or a torch device. Raises ModelError.
+    A directory with adapters alone is put on the model they were trained on. In `dtype`, or bf16 on CUDA and
+    the stored type elsewhere. `device` is "auto" (CUDA where there is one) or a torch device. Raises
+    ModelError.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     adapter = Path(path) / "adapter_config.json"
     asked = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
     description = models.inspect(asked, gguf_file=gguf_file)
     with models.quiet():
-        lm = models.load(description, dtype=torch.bfloat16 if where.type == "cuda" else None)
+        lm = models.load(description, dtype=dtype or (torch.bfloat16 if where.type == "cuda" else None))
         lm.generation_config = models.generation_config(description)
         lm.set_attn_implementation("sdpa" if lm._supports_sdpa else "eager")
         if adapter.is_file():

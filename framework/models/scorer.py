@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
-from torch.nn import functional as F
 
 from framework.batch import Batch, Scores
 from framework.models.policy import body, causal_lm, layers
@@ -30,7 +30,8 @@ class Scorer(nn.Module):
         """A score [K] at each of `batch.trained`: of its segment up to and including that token."""
         lm = causal_lm(self.lm)
         hidden = body(lm, batch)  # [K, d]
-        return Scores(F.linear(hidden.float(), lm.score.weight.float())[:, 0])
+        # a product with a vector, not the column of one with a matrix: FSDP2 warns of views
+        return Scores(torch.mv(hidden.float(), lm.score.weight.float()[0]))
 
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder layers, in order: what is sharded, and recomputed, as a unit."""

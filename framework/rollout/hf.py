@@ -103,10 +103,11 @@ def generate(
     max_new_tokens: int,
     batch_size: int = ANSWERS_TOGETHER,
     temperature: float = 0.0,
+    samples: int = 1,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """One completion per prompt, in the order of `prompts`.
+    """`samples` completions per prompt, in the order of `prompts`, those of one prompt together.
 
     `model` is a transformers causal LM, `tokenizer` its tokenizer with a chat template. Temperature 0
     takes the most likely token; above 0 each prompt draws from its own generator, keyed by (seed, index
@@ -123,6 +124,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         temperature=temperature,
+        samples=samples,
         seed=seed,
         on_progress=on_progress,
     )
@@ -137,34 +139,35 @@ def complete(
     max_new_tokens: int,
     batch_size: int = ANSWERS_TOGETHER,
     temperature: float = 0.0,
+    samples: int = 1,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """`generate` for prompts that are token ids already, each of at least one."""
-    sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(max_new_tokens, temperature=temperature, samples=samples, seed=seed)
     prompts = [Prompt(tuple(row), index) for index, row in enumerate(ids)]
-    done: dict[int, Completion] = {}
+    done: dict[tuple[int, int], Completion] = {}
     ended = 0
 
     def count() -> None:
         nonlocal ended
         ended += 1
         if on_progress is not None:
-            on_progress(ended, len(ids))
+            on_progress(ended, len(ids) * samples)
 
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside of a peft model
     was_training, attention = model.training, prepare(lm)
     model.eval()
     try:
         decoder = Decoder(lm, sorted(end_tokens(model, tokenizer)), sampling, shared(prompts))
-        for chunk in cut(prompts, 1, batch_size):
+        for chunk in cut(prompts, samples, batch_size):
             answers = _decode(decoder, prompts, chunk, sampling, count)
-            for (index, _), answer in zip(chunk, answers, strict=True):
-                done[index] = sharing.completion(answer, tokenizer, version=0)
+            for place, answer in zip(chunk, answers, strict=True):
+                done[place] = sharing.completion(answer, tokenizer, version=0)
     finally:
         lm.set_attn_implementation(attention)
         model.train(was_training)
-    return [done[index] for index in range(len(ids))]
+    return [done[index, sample] for index in range(len(ids)) for sample in range(samples)]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
