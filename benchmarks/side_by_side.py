@@ -201,7 +201,7 @@ def print_table(benchmark: Benchmark, table: list[dict[str, Any]]) -> None:
             f"{row['ours_is_times_faster']:.2f}x" if "ours_is_times_faster" in row else "",
             f"{row['ours_takes_of_memory']:.0%}" if "ours_takes_of_memory" in row else "",
         )
-    Console(width=160).print(shown)
+    Console(width=190 if benchmark.phases else 140).print(shown)
 
 
 def _phase(row: dict[str, Any], name: str) -> str:
