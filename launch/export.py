@@ -20,7 +20,7 @@ if importlib.util.find_spec("framework") is None:  # not installed: the reposito
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from framework.config import record
-from framework.errors import DONE, REFUSED, CheckpointError, ConfigError, UserError
+from framework.errors import DONE, REFUSED, CheckpointError, UserError
 
 if TYPE_CHECKING:
     from framework.models.load import Description
@@ -41,16 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         run = record.load(given.run_dir / "config.yaml")
         from framework.models import export, load  # imports torch: a refusal must not wait for it
 
-        checkpoint = newest(given.run_dir, given.checkpoint)
         model = run.model
         description = load.inspect(
-            model.path, revision=model.revision, gguf_file=model.gguf_file, init=model.init
+            model.path,
+            revision=model.revision,
+            gguf_file=model.gguf_file,
+            init=model.init,
+            head="score" if run.stage.name == "reward" else "lm",
         )
-        if checkpoint.identity.get("model", description.fingerprint) != description.fingerprint:
-            raise ConfigError(
-                f"{checkpoint.path} was trained from another model than model.path={model.path} is now; put "
-                "back the one that the run started from"
-            )
+        checkpoint = opened(given.run_dir, given.checkpoint, model=description.fingerprint)
         adapter = None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
         print(f"writing {checkpoint.path} to {out}", flush=True)
         export.export(
@@ -68,56 +67,46 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(DONE)
 
 
-def newest(run_dir: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest that is whole, every file verified.
+def opened(run_dir: Path, step: int | None, *, model: str) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that is whole, every file verified, of the model with that
+    fingerprint. Raises CheckpointError."""
+    from framework.strategy.world import connect
+    from framework.train.checkpoint import Checkpointer
 
-    Raises CheckpointError.
-    """
-    from framework.train import commit
-    from framework.train.restore import Checkpoint
-
-    directory = run_dir / "checkpoints"
-    found = sorted(path for path in directory.glob("step-*") if commit.COMMITTED.fullmatch(path.name))
-    wanted = found if step is None else [path for path in found if path.name == f"step-{step:06d}"]
-    if not wanted:
-        there = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(
-            f"{directory} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}"
-        )
-    problems: list[str] = []
-    for path in reversed(wanted):
-        try:
-            manifest = commit.Manifest.decode(commit.read_manifest(path))
-            damage = [problem for name in manifest.files if (problem := commit.damage(path, manifest, name))]
-        except (OSError, ValueError) as error:
-            damage = [f"{path}: {error}"]
-        if not damage:
-            for problem in problems:
-                print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
-            return Checkpoint(path, manifest)
-        problems += damage
-    raise CheckpointError("; ".join(problems))
+    alone = connect("cpu", timeout_s=60, environment={})
+    checkpoints = Checkpointer(run_dir / "checkpoints", world=alone, keep=1, identity={"model": model})
+    if step is None:
+        return checkpoints.open(run_dir)
+    path = checkpoints.directory / f"step-{step:06d}"
+    if not path.is_dir():
+        there = ", ".join(sorted(found.name for found in checkpoints.directory.glob("step-*"))) or "none"
+        raise CheckpointError(f"{checkpoints.directory} has no checkpoint of step {step}; there are: {there}")
+    return checkpoints.open(path)
 
 
 def weights(
     checkpoint: Checkpoint, description: Description, adapter: Any, seed: int
 ) -> Iterator[tuple[str, Any]]:
-    """Every parameter once: the checkpoint's fp32 masters, and what was frozen as the model came."""
+    """Every parameter once: the checkpoint's fp32 masters, and what was frozen as the model came.
+
+    Of an actor with its critic, the actor.
+    """
     from framework.models import load
+    from framework.models.actor_critic import CRITIC, POLICY
     from framework.strategy.base import MASTER
 
-    saved = checkpoint.parameters
+    saved = {name.removeprefix(POLICY): name for name in checkpoint.parameters if not name.startswith(CRITIC)}
 
     def master(name: str) -> Any:
-        count = saved[name].pieces[-1][2]
-        return checkpoint.read(name, MASTER, 0, count).view(saved[name].shape)
+        shape, pieces = checkpoint.parameters[name].shape, checkpoint.parameters[name].pieces
+        return checkpoint.read(name, MASTER, 0, pieces[-1][2]).view(shape)
 
     if adapter is None:
-        for name in saved:
-            yield name, master(name)
+        for name, stored in saved.items():
+            yield name, master(stored)
         return
     for name, tensor in load.reader(description, adapter=adapter, seed=seed)():
-        yield name, master(name) if name in saved else tensor
+        yield name, master(saved[name]) if name in saved else tensor
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Exit status: 0 done, 2 refused (nothing was loaded), 3 stopped with a checkpoint
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import sys
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
     arguments = environ.strip_launcher_arguments(sys.argv[1:] if arguments is None else arguments)
     parts = parts or Parts(_prepare, _work, (__file__, WORKER))
     if arguments[:1] == [WORKER]:
-        worker.run(lambda: parts.work(_unpack(Path(arguments[1]).read_text())))
+        worker.run(lambda: parts.work(record.unpacked(Path(arguments[1]).read_text())))
     try:
         place = environ.place(os.environ)
         if place is not None:
@@ -136,7 +135,7 @@ def start(run: Run, parts: Parts) -> Outcome:
         options = run.launch
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="sapwood-"))
         handed = Path(temporary) / "run.json"
-        handed.write_text(_pack(_resumable(run)))
+        handed.write_text(record.packed(_resumable(run)))
         print(f"{where}: starting {options.nproc} processes", file=sys.stderr)
         try:
             stopped = gang.launch(
@@ -220,10 +219,10 @@ def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
             stack.enter_context(directory.held(Path(run.run_dir)))
             if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
                 run = _resumable(run)
-            return {"done": begin(run) is not None, "run": _pack(run)}
+            return {"done": begin(run) is not None, "run": record.packed(run)}
 
         answer = meeting.first(decide)
-        run = _unpack(answer["run"])
+        run = record.unpacked(answer["run"])
         if answer["done"]:
             if place.rank == 0:
                 print(f"{run.run_dir}: already done; its model and metrics are there", file=sys.stderr)
@@ -253,19 +252,6 @@ def _outcome(result: dict[str, Any] | None, stopped: signal.Signals | None, firs
 def _resumable(run: Run) -> Run:
     """What workers are told: the directory was looked at, so a start after a failure goes on."""
     return run.model_copy(update={"resume": "auto"}) if run.resume == "never" else run
-
-
-def _pack(run: Run) -> str:
-    """A run as JSON, with what is to be withheld from files."""
-    withheld = [[list(where), text] for where, text in run._withheld.items()]
-    return json.dumps({"run": run.model_dump(mode="json"), "withheld": withheld})
-
-
-def _unpack(text: str) -> Run:
-    tree = json.loads(text)
-    run = Run.model_validate_json(json.dumps(tree["run"]))
-    run._withheld = {tuple(where): value for where, value in tree["withheld"]}
-    return run
 
 
 def _as_kept(run: Run) -> Run:

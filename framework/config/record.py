@@ -49,6 +49,20 @@ def withheld(config: DictConfig) -> dict[Path_, str]:
     return found
 
 
+def packed(run: Run) -> str:
+    """A run as JSON for the processes that carry it out, with what is to be withheld from files."""
+    kept = [[list(where), text] for where, text in run._withheld.items()]
+    return json.dumps({"run": run.model_dump(mode="json"), "withheld": kept})
+
+
+def unpacked(text: str) -> Run:
+    """The run that `packed` made text of."""
+    tree = json.loads(text)
+    run = Run.model_validate_json(json.dumps(tree["run"]))
+    run._withheld = {tuple(where): value for where, value in tree["withheld"]}
+    return run
+
+
 def shown(run: Run) -> dict[str, Any]:
     """The whole tree as JSON, fit for files, dashboards and reports."""
     secrets = _secret_values(os.environ)
