@@ -74,7 +74,13 @@ def opened(run_dir: Path, step: int | None, *, model: str) -> Checkpoint:
     from framework.train.checkpoint import Checkpointer
 
     alone = connect("cpu", timeout_s=60, environment={})
-    checkpoints = Checkpointer(run_dir / "checkpoints", world=alone, keep=1, identity={"model": model})
+    checkpoints = Checkpointer(
+        run_dir / "checkpoints",
+        world=alone,
+        keep=1,
+        identity={"model": model},
+        say=lambda message: print(message, file=sys.stderr),
+    )
     if step is None:
         return checkpoints.open(run_dir)
     path = checkpoints.directory / f"step-{step:06d}"
