@@ -23,12 +23,13 @@ from trainers import SEQUENCES, Marks
 PACKED_TOKENS = 2048  # TRL's packed row: about as many real tokens as eight examples have
 
 
-def ours(model: Path, data: Path, marks: Marks, *, tokens_per_micro: int) -> None:
-    """As it comes, but for the size of a micro-batch."""
+def ours(model: Path, data: Path, marks: Marks, *, tokens_per_micro: int, recompute: str = "none") -> None:
+    """As it comes, but for the size of a micro-batch and what is computed again."""
     settings = [
         f"data.train_on={'all' if data.stem == 'even' else 'assistant'}",
         f"batch.sequences={SEQUENCES}",
         f"batch.tokens_per_micro={tokens_per_micro}",
+        f"model.activation_checkpointing={recompute}",
     ]
     trainers.ours(model, data, marks, settings, counts=["tokens", "trained_tokens"])
 
@@ -97,6 +98,7 @@ if __name__ == "__main__":
             contenders={
                 "ours": lambda m, d, k: ours(m, d, k, tokens_per_micro=8192),  # as it comes
                 "ours, small micro-batches": lambda m, d, k: ours(m, d, k, tokens_per_micro=2048),
+                "ours, checkpointed": lambda m, d, k: ours(m, d, k, tokens_per_micro=2048, recompute="full"),
                 "trl, defaults": lambda m, d, k: trl(m, d, k, best=False),
                 "trl, best flags": lambda m, d, k: trl(m, d, k, best=True),
                 "transformers": lambda m, d, k: transformers(m, d, k, grouped=False),
