@@ -222,6 +222,7 @@ def build_structure(
         adapter=adapter_of(run),
         attention=attention_of(inspected, device),
         head_chunk_tokens=run.model.head_chunk_tokens,
+        neftune_alpha=run.model.neftune_alpha,
     )
 
 

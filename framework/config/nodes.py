@@ -75,6 +75,7 @@ class Model(Node):
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
     activation_checkpointing: Literal["none", "selective", "full"]
     head_chunk_tokens: Positive
+    neftune_alpha: Annotated[float, Field(gt=0)] | None
     chat_template: Text | None
 
     @model_validator(mode="after")

@@ -103,6 +103,13 @@ class Run(Node):
                 "a function of an answer and its row",
                 "reward=verifier or 'evaluate.score={_target_: my_package.my_module.my_score}'",
             )
+        if self.model.neftune_alpha is not None and self.stage.name != "sft":
+            raise refuse(
+                "model.neftune_alpha, stage.name",
+                f"noise on the embeddings in stage {self.stage.name}, where answers are compared",
+                "no noise",
+                "model.neftune_alpha=null",
+            )
         self._rehearsed()
         self._online()
         world_size = self.launch.nproc * self.launch.nnodes

@@ -132,7 +132,12 @@ def attention_for(description: Description, name: str, device: torch.device, *, 
 
 
 def builder(
-    description: Description, *, attention: str, head_chunk_tokens: int, adapter: Adapter = None
+    description: Description,
+    *,
+    attention: str,
+    head_chunk_tokens: int,
+    adapter: Adapter = None,
+    neftune_alpha: float | None = None,
 ) -> Build:
     """Makes the structure of the `Policy` or `Scorer`, in fp32, with values that mean nothing yet.
 
@@ -146,7 +151,9 @@ def builder(
         with quiet():
             lm = _structure(description.config, attention, head=description.head)
             lm = _adapted(lm, lora, description.head)
-        return Scorer(lm) if description.head == "score" else Policy(lm, head_chunk_tokens=head_chunk_tokens)
+        if description.head == "score":
+            return Scorer(lm)
+        return Policy(lm, head_chunk_tokens=head_chunk_tokens, neftune_alpha=neftune_alpha)
 
     return build
 

@@ -19,16 +19,21 @@ from torch import Tensor, nn
 from framework.batch import Batch, Outputs
 from framework.losses.logprobs import token_logps
 from framework.models import adapters, attention
+from framework.models.noise import noisy
 
 NOTHING: frozenset[str] = frozenset()
 
 
 class Policy(nn.Module):
-    """`lm` is a transformers causal language model, plain or inside a peft model."""
+    """`lm` is a transformers causal language model, plain or inside a peft model.
 
-    def __init__(self, lm: nn.Module, *, head_chunk_tokens: int) -> None:
+    `neftune_alpha` adds noise to embeddings while training, see `models.noise`; rows must not share tokens.
+    """
+
+    def __init__(self, lm: nn.Module, *, head_chunk_tokens: int, neftune_alpha: float | None = None) -> None:
         super().__init__()
         self.lm = lm
+        self.neftune_alpha = neftune_alpha
         self.head_chunk_tokens = head_chunk_tokens
         self.head_scale, self.head_softcap = head_rules(causal_lm(lm).config)
 
@@ -47,7 +52,8 @@ class Policy(nn.Module):
         ValueError when there are none.
         """
         lm = causal_lm(self.lm)
-        with contextlib.nullcontext() if adapter else adapters.without(lm):
+        noise = self.neftune_alpha if self.training else None
+        with contextlib.nullcontext() if adapter else adapters.without(lm), noisy(lm, batch, noise):
             hidden = body(lm, batch)  # [K, d]
         head = lm.get_output_embeddings()
         logps, entropies, mean_logps, collisions = token_logps(

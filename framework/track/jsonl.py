@@ -20,8 +20,8 @@ from typing import Any
 class Jsonl:
     """Appends every record to `path`.
 
-    `resume_step` is the step that the run goes on from: lines beyond it, which the run will write
-    again, are cut, and so is a line that a crash left half written. None starts a new file; a
+    `resume_step` is the step that the run goes on from: lines after its checkpoint, which the run will
+    write again, are cut, and so is a line that a crash left half written. None starts a new file; a
     record that is there already is kept as *.previous.jsonl.
     """
 
@@ -72,8 +72,16 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut(path: Path, step: int) -> None:
-    """Leave out the lines beyond `step`, and a last one that is not whole, in one durable move."""
-    kept = "".join(json.dumps(record) + "\n" for record in read(path) if record["step"] <= step)
+    """Leave out the lines beyond `step`, and a last one that is not whole, in one durable move.
+
+    A rollout stands under the step before its first update, so one of `step` itself came after the
+    checkpoint: it goes, too, with what follows it. An evaluation of `step` came before and stays.
+    """
+    kept, repeated = "", False
+    for record in read(path):
+        repeated = repeated or (record["kind"] == "rollout" and record["step"] == step)
+        if record["step"] < step or (record["step"] == step and not repeated):
+            kept += json.dumps(record) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(kept)
