@@ -109,6 +109,18 @@ def test_a_fresh_start_keeps_the_record_that_was_there(tmp_path):
     assert [line["step"] for line in read(tmp_path / "metrics.previous.jsonl")] == [1]
 
 
+def test_a_rollout_after_the_checkpoint_is_written_again_and_an_evaluation_before_it_is_not(tmp_path):
+    """Step 4: trained, evaluated with answers, saved; then the next iteration began, and was killed."""
+    path = tmp_path / "m.jsonl"
+    record = Jsonl(path)
+    kinds = [(0, "rollout"), (0, "samples"), (4, "train"), (4, "samples"), (4, "eval")]
+    for step, kind in [*kinds, (4, "rollout"), (4, "samples"), (5, "train")]:
+        record.log(kind, {}, step=step)
+    record.close("failed")
+    Jsonl(path, resume_step=4).close("done")
+    assert [(line["step"], line["kind"]) for line in read(path)] == [*kinds, (4, "event")]
+
+
 def test_a_resume_without_a_record_starts_one(tmp_path):
     Jsonl(tmp_path / "run" / "m.jsonl", resume_step=7)
     assert [line["step"] for line in read(tmp_path / "run" / "m.jsonl")] == [7]
