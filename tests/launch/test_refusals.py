@@ -1,0 +1,112 @@
+"""Mistakes on the way to preferences and rewards: status 2, what was meant, no weight read.
+
+The model's weights are cut in half, so that whoever reads them fails in another way.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+REWARDS = "framework.rollout.rewards"
+
+MISTAKES = {
+    "conversations for preferences": (
+        ["stage=preference", "data.train=[{path: sft.jsonl}]"],
+        ["sft.jsonl:1: found fields messages; expected chosen and rejected", "for stage=sft"],
+    ),
+    "pairs for imitation": (
+        ["data.train=[{path: pairs.jsonl}]"],
+        ["pairs.jsonl:1: found fields chosen", "for stage=preference or stage=reward"],
+    ),
+    "pairs for kto": (
+        ["stage=preference", "loss=kto", "data.train=[{path: pairs.jsonl}]"],
+        ["expected prompt and completion and label", "for stage=preference or stage=reward"],
+    ),
+    "labels for dpo": (
+        ["stage=preference", "data.train=[{path: labelled.jsonl}]"],
+        ["expected chosen and rejected", "for stage=preference with loss=kto"],
+    ),
+    "dropout beside a reference": (
+        ["stage=preference", "adapter=lora", "adapter.dropout=0.1", "data.train=[{path: pairs.jsonl}]"],
+        ["adapter.dropout=0.1 in stage=preference", "type adapter.dropout=0"],
+    ),
+    "a reward that is mistyped": (
+        ["stage=grpo", f"reward.functions=[{{_target_: {REWARDS}.exat}}]"],
+        ["reward.functions[0]._target_: no exat in", f"{REWARDS}.exact"],
+    ),
+    "a reward's keyword that is mistyped": (
+        ["stage=grpo", f"reward.functions=[{{_target_: {REWARDS}.exact, feild: answer}}]"],
+        ["reward.functions[0].feild", "no such keyword", "reward.functions[0].field"],
+    ),
+    "no reward": (["stage=grpo"], ["stage grpo and nothing that rewards", "reward=verifier"]),
+    "more answers in a step than in an iteration": (
+        [
+            "stage=grpo",
+            f"reward.functions=[{{_target_: {REWARDS}.exact}}]",
+            "stage.prompts=2",
+            "rollout.samples=2",
+        ],
+        ["8 answers a step of 4 in an iteration", "type batch.sequences=4"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("refusals")
+    weights = tiny.write(place / "model", tied=True) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    prompt = [{"role": "user", "content": "one two"}]
+    rows = {
+        "sft": {"messages": [*prompt, {"role": "assistant", "content": "two one"}]},
+        "pairs": {"prompt": prompt, "chosen": "two one", "rejected": "one two"},
+        "labelled": {"prompt": prompt, "completion": "two one", "label": True},
+        "prompts": {"prompt": prompt, "answer": "two one"},
+    }
+    for name, row in rows.items():
+        (place / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 16)
+    return place
+
+
+def train(place, *overrides):
+    line = [
+        "model.path=model",
+        "data.train=[{path: prompts.jsonl}]",
+        "data.cache_dir=cache",
+        "data.max_length=64",
+        "rollout.max_new_tokens=8",
+        "batch.sequences=8",
+        "launch.device=cpu",
+        "steps=1",
+        "run_dir=run",
+    ]
+    keys = {override.partition("=")[0] for override in overrides}
+    line = [override for override in line if override.partition("=")[0] not in keys]
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *line, *overrides],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_refused_before_any_weight_is_read(mistake, place):
+    overrides, told = MISTAKES[mistake]
+    done = train(place, *overrides)
+    assert done.returncode == 2, done.stderr
+    assert all(part in done.stderr for part in told), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "run").exists()
+
+
+def test_the_weights_would_have_been_noticed(place):
+    """Guards the guard: a line without a mistake reads them, and fails with another status."""
+    done = train(place, "stage=preference", "data.train=[{path: pairs.jsonl}]")
+    assert done.returncode not in (0, 2)
