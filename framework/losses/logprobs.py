@@ -80,21 +80,48 @@ def token_logps(
     )
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden weight^T + bias as a fresh tensor in the type of the statistics."""
-    statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = (hidden @ weight.t()).to(statistics)
-    return logits if bias is None else logits.add_(bias.to(statistics))
+class _Buffers:
+    """Room for one chunk, used again for the next: fresh memory of this size costs as much as the
+    arithmetic on it, since the system hands it out page by page."""
 
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk: int) -> None:
+        rows, vocabulary = min(chunk, hidden.shape[0]), weight.shape[0]
+        statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self._products = hidden.new_empty(rows, vocabulary)
+        same = hidden.dtype == statistics
+        self._logits = self._products if same else hidden.new_empty(rows, vocabulary, dtype=statistics)
+        self._partial: Tensor | None = None
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> Tensor:
-    """[rows, V] logits after scale, softcap and temperature; a fresh tensor, changed in place."""
-    logits = _product(hidden, weight, bias)
-    if shape.scale != 1.0:
-        logits.mul_(shape.scale)
-    if shape.softcap is not None:
-        logits.div_(shape.softcap).tanh_().mul_(shape.softcap)
-    return logits if shape.temperature == 1.0 else logits.div_(shape.temperature)
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> Tensor:
+        """[rows, V] logits after scale, softcap and temperature, to be changed in place at will."""
+        rows = hidden.shape[0]
+        product = torch.mm(hidden, weight.t(), out=self._products[:rows])
+        logits = self._logits[:rows]
+        if logits.dtype != product.dtype:
+            logits.copy_(product)
+        if bias is not None:
+            logits.add_(bias.to(logits.dtype))
+        if shape.scale != 1.0:
+            logits.mul_(shape.scale)
+        if shape.softcap is not None:
+            logits.div_(shape.softcap).tanh_().mul_(shape.softcap)
+        return logits if shape.temperature == 1.0 else logits.div_(shape.temperature)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """`values` [rows, V] in the type of the model, in place of the products."""
+        products = self._products[: values.shape[0]]
+        return values if values.dtype == products.dtype else products.copy_(values)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """total += left @ right, kept in `total`'s type even where the factors are of half precision."""
+        if total.dtype == left.dtype:
+            total.addmm_(left, right)
+        elif total.is_cuda:
+            total += torch.mm(left, right, out_dtype=total.dtype)
+        else:
+            if self._partial is None:
+                self._partial = right.new_empty(total.shape)
+            total += torch.mm(left, right, out=self._partial)
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:
@@ -115,12 +142,20 @@ class _Head(torch.autograd.Function):
         entropy = torch.empty_like(lse) if shape.entropies else lse.new_empty(0)
         mean = torch.empty_like(lse) if shape.means else lse.new_empty(0)
         collision = torch.empty_like(lse) if shape.collisions else lse.new_empty(0)
+        buffers = _Buffers(hidden, matrix, shape.chunk)
         for part in _chunks(rows, shape.chunk):
-            logits = _logits(hidden[part], matrix, bias, shape)
-            lse[part] = logits.logsumexp(1)
-            logps[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+            logits = buffers.logits(hidden[part], matrix, bias, shape)
+            chosen = logits.gather(1, targets[part, None])[:, 0]
             if shape.means:
-                mean[part] = logits.mean(1) - lse[part]
+                mean[part] = logits.mean(1)
+            if shape.entropies or shape.collisions:
+                lse[part] = logits.logsumexp(1)
+            else:  # nobody needs the logits any more
+                highest = logits.amax(1)
+                lse[part] = logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
+            logps[part] = chosen - lse[part]
+            if shape.means:
+                mean[part] -= lse[part]
             if shape.entropies or shape.collisions:
                 log_p = logits.sub_(lse[part, None])
                 p = log_p.exp()
@@ -151,8 +186,9 @@ class _Head(torch.autograd.Function):
         for gradient in (for_logps, for_mean):
             if gradient is not None:
                 pull += gradient
+        buffers = _Buffers(hidden, matrix, shape.chunk)
         for part in _chunks(hidden.shape[0], shape.chunk):
-            logits = _logits(hidden[part], matrix, bias, shape)
+            logits = buffers.logits(hidden[part], matrix, bias, shape)
             slope = None  # of the tanh, whose value is logits * temperature / softcap
             if shape.softcap is not None:
                 slope = 1 - (logits * (shape.temperature / shape.softcap)).square_()
@@ -172,19 +208,9 @@ class _Head(torch.autograd.Function):
                 grad.mul_(shape.scale / shape.temperature)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            grad = buffers.rounded(grad)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ matrix
+                torch.mm(grad, matrix, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), hidden[part])
+                buffers.add_product(grad_weight, grad.t(), hidden[part])
         return grad_hidden, grad_weight, None, grad_bias, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, kept in `total`'s type even where the factors are of half precision."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
