@@ -1,7 +1,7 @@
 """NEFTune: noise on what the embedding answers, while training (Jain et al. 2023, arXiv 2310.05914).
 
-Uniform in +- a / sqrt(L d), for a segment of L tokens and embeddings of width d. L is the segment's own length,
-not that of a padded row, so the law of the noise does not depend on how rows were cut.
+Uniform in +- a / sqrt(L d), for a segment of L tokens and embeddings of width d. L is the segment's own
+length, not that of a padded row, so the law of the noise does not depend on how rows were cut.
 """
 
 from __future__ import annotations

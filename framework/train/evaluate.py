@@ -22,7 +22,7 @@ def evaluate(engine: Engine, held_out: Mapping[str, Term]) -> dict[str, float]:
         for name, term in held_out.items():
             sums = Sums()
             for batch in term.micros:
-                sums.add(term.objective(engine, batch))
+                sums.add(term.objective(engine, batch), units=batch.units)
             means, weights = join(engine.world.gather(sums.tolist()))
             metrics |= {f"{name}/{key}": value for key, value in means.items()}
             metrics[f"{name}/units"] = weights["loss"]

@@ -27,8 +27,11 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = {}
 
-    def add(self, items: Items, *, term: str = "") -> None:
+    def add(self, items: Items, *, units: float | None = None, term: str = "") -> None:
         """Count one micro-batch in fp64, on its device, under names that begin with `term`.
+
+        `units` is what the loss is divided by (`Batch.units`), by default the sum of weights. They differ
+        where tokens are weighted by a constant, and then the loss reported is still the one minimised.
 
         A unit counts for a metric where its weight is positive and the metric is not NaN. The loss
         counts wherever the weight is positive, so that a NaN in it is seen.
@@ -36,7 +39,7 @@ class Sums:
         counted = items.weight > 0
         weight = torch.where(counted, items.weight, 0).double()  # [N]
         prefix = f"{term}/" if term else ""
-        self._put(f"{prefix}loss", items.total().detach().double(), weight.sum())
+        self._put(f"{prefix}loss", items.total().detach().double(), _units(units, weight))
         for name, metric in items.metrics.items():
             applies = counted & ~metric.isnan()
             value = torch.where(applies, metric.double() * weight, 0).sum()
@@ -50,6 +53,10 @@ class Sums:
     def tolist(self) -> dict[str, list[float]]:
         """This rank's sums as plain numbers. Waits for the device."""
         return {name: [float(value), float(weight)] for name, (value, weight) in self._sums.items()}
+
+
+def _units(units: float | None, weight: Tensor) -> Tensor:
+    return weight.sum() if units is None else torch.full((), units, dtype=weight.dtype, device=weight.device)
 
 
 def join(ranks: Sequence[Mapping[str, Sequence[float]]]) -> tuple[dict[str, float], dict[str, float]]:
@@ -84,9 +91,9 @@ class Meter:
         self._latest: dict[str, float] = {}
         self._clock = time.perf_counter()
 
-    def add(self, items: Items, *, term: str = "") -> None:
+    def add(self, items: Items, *, units: float | None = None, term: str = "") -> None:
         """Count one micro-batch of this rank, of the term of that name."""
-        self._sums.add(items, term=term)
+        self._sums.add(items, units=units, term=term)
 
     def count(self, stats: Mapping[str, float]) -> None:
         """Facts of a global step, alike on all ranks: counts are added up, positions replaced.

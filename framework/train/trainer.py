@@ -123,7 +123,7 @@ def accumulate(engine: Engine, terms: Sequence[Term], *, seed: int, step: int, m
         with engine.micro(last=number == len(micros) - 1):
             items = terms[i].objective(engine, batch)
             engine.backward(items.total() * (terms[i].scale / units[i]))
-        meter.add(items, term=terms[i].name)
+        meter.add(items, units=batch.units, term=terms[i].name)
     for term in terms:
         meter.count(term.stats)
 
