@@ -174,7 +174,7 @@ def _import(module_name: str, name: str, key: str) -> ModuleType:
         unknown = (
             "; is it installed?" if parent is None else "; expected module.function, as its author wrote it"
         )
-        hint = f"; type {key}={parent_name}.{close}{rest}" if close else unknown
+        hint = f"; {_typed(key, f'{parent_name}.{close}{rest}')}" if close else unknown
         raise ConfigError(f"{key}: found {name}, but there is no module {missing}{hint}") from error
 
 
@@ -188,8 +188,13 @@ def _defined(found: object, packages: Iterable[str]) -> bool:
 def _hint(key: str, module_name: str, attribute: str, known: Collection[str]) -> str:
     close = nearest(attribute, known)
     if close:
-        return f"; type {key}={module_name}.{close}"
+        return f"; {_typed(key, f'{module_name}.{close}')}"
     return f"; it has {', '.join(sorted(known))}" if known else ""
+
+
+def _typed(key: str, value: str) -> str:
+    """What to do instead; a member of a list cannot be set by itself on the command line."""
+    return f"write {key.rpartition('.')[2]}: {value}" if "[" in key else f"type {key}={value}"
 
 
 def _plain(value: Any, key: str) -> None:
