@@ -1,6 +1,6 @@
 """Direct preference optimisation side by side: ours and trl.DPOTrainer, the reference model's work included.
 
-    python benchmarks/dpo.py                     # everything, about an hour on one quiet core
+    python benchmarks/dpo.py                     # everything; long, see the options
     python benchmarks/dpo.py --shapes tiny --rounds 1 --examples 16 --out /tmp/x.json
 
 The data sets are pairs whose prompts are 0.3, 1 and 3 times as long as their answers, lengths varied. Every

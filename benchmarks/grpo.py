@@ -1,6 +1,6 @@
 """Group-relative policy optimisation side by side: ours and trl.GRPOTrainer, phase by phase.
 
-    python benchmarks/grpo.py                    # everything, about an hour on one quiet core
+    python benchmarks/grpo.py                    # everything; long, see the options
     python benchmarks/grpo.py --shapes tiny --rounds 1 --examples 8 --out /tmp/x.json
 
 An iteration answers 4 prompts 8 times each with exactly 128 new tokens, and the first is not counted. The two

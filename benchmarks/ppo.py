@@ -1,6 +1,6 @@
 """Proximal policy optimisation, phase by phase, against the time that its matrix products alone would take.
 
-    python benchmarks/ppo.py                     # everything, about a quarter of an hour on one quiet core
+    python benchmarks/ppo.py                     # everything; long, see the options
     python benchmarks/ppo.py --shapes tiny --rounds 1 --examples 32 --out /tmp/x.json
 
 There is no trainer left to run against (TRL 1.16 has no PPO). An iteration answers 16 prompts with exactly

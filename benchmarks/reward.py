@@ -1,6 +1,6 @@
 """Reward modelling side by side: ours and trl.RewardTrainer.
 
-    python benchmarks/reward.py                  # everything, about half an hour on one quiet core
+    python benchmarks/reward.py                  # everything; long, see the options
     python benchmarks/reward.py --shapes tiny --rounds 1 --examples 16 --out /tmp/x.json
 
 The data sets are pairs whose prompts are 0.3, 1 and 3 times as long as their answers, lengths varied. Every

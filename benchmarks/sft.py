@@ -1,6 +1,6 @@
 """Supervised fine-tuning side by side: ours, trl.SFTTrainer and transformers.Trainer.
 
-    python benchmarks/sft.py                     # everything, about half an hour on one quiet core
+    python benchmarks/sft.py                     # everything; long, see the options
     python benchmarks/sft.py --shapes tiny --rounds 1 --examples 32 --out /tmp/x.json
 
 Counted are *useful* tokens (real ones, never padding) per CPU-second after the first step, and peak resident

@@ -115,7 +115,6 @@ def inspect(run: Run) -> Inspected:
     if (path := getattr(stage, "reference_path", None)) is not None:
         reference = load.inspect(path)
         _same_words(description, reference, "stage.reference_path")
-    _without_dropout(run)
     return Inspected(
         run=run,
         loss=targets.loss(run),
@@ -332,8 +331,9 @@ def _read_prompts(
             f"{inspected.run.data.max_length // 2}"
         )
     given = [Source(**source.model_dump()) for source in sources]
-    if reading["truncation"] not in ("error", "drop"):  # meant for what is learnt; a prompt is never cut
-        reading["truncation"] = "drop"
+    online = inspected.run.stage.name in ONLINE
+    if not online and reading["truncation"] not in ("error", "drop"):
+        reading["truncation"] = "drop"  # the setting is about what is learnt, and a question is never cut
     return prompts.prepare(given, max_prompt_tokens=most, progress=progress, **reading)
 
 
@@ -385,16 +385,4 @@ def _same_words(ours: load.Description, theirs: load.Description, key: str) -> N
         raise ConfigError(
             f"{key}: {theirs.path} has another vocabulary than model.path={ours.path}, whose tokens it would "
             f"have to read; set {key} to a model of the same family"
-        )
-
-
-def _without_dropout(run: Run) -> None:
-    """Policy and reference are compared token by token: noise in one of them is taken for a preference."""
-    if run.stage.name == "sft":
-        return
-    rate = getattr(run.adapter, "dropout", 0.0)
-    if rate > 0:
-        raise ConfigError(
-            f"adapter.dropout={rate} in stage={run.stage.name}, where answers are compared with those of "
-            "another pass; expected no dropout; type adapter.dropout=0"
         )

@@ -110,6 +110,16 @@ class Run(Node):
                 "no noise",
                 "model.neftune_alpha=null",
             )
+        rate = getattr(self.adapter, "dropout", 0.0)
+        if rate > 0 and self.stage.name != "sft":
+            # noise in one of two passes over an answer would be taken for a preference
+            raise refuse(
+                "adapter.dropout, stage.name",
+                f"adapter.dropout={rate:g} in stage={self.stage.name}, where answers are compared with those "
+                "of another pass",
+                "no dropout",
+                "adapter.dropout=0",
+            )
         self._rehearsed()
         self._online()
         world_size = self.launch.nproc * self.launch.nnodes

@@ -120,6 +120,7 @@ class Grpo(OnPolicy):
         "group_centred",
         "leave_one_out",
         "batch_scaled",
+        "best_of_group",
         "length_weighted",
         "reinforce_plus_plus",
         "reinforce_plus_plus_baseline",

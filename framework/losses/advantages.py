@@ -170,16 +170,6 @@ def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float 
     return torch.where(mask, whitened, 0.0).to(values.dtype)
 
 
-def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
-    """[N] what an answer of n tokens gets on top: 0 up to n = L - c, then linear to -1 at L, -1 beyond.
-
-    DAPO's soft over-long punishment (Yu et al. 2025, arXiv 2503.14476, equation 13). L = `max_length`, c =
-    `cache` in (0, L], in tokens. Raises ValueError for c outside its range.
-    """
-    require("cache", cache, above=0, most=max_length)
-    return ((max_length - cache - lengths.double()) / cache).clamp(-1.0, 0.0)
-
-
 def _known(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """(rewards [N] fp64 with 0 for NaN, [N] bool)."""
     known = ~rewards.isnan()

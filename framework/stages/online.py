@@ -101,7 +101,6 @@ class Online:
         shaping: Shaping = UNSHAPED,
         correction: Correction | None = None,
         reference: Callable[..., Outputs] | None = None,
-        held_out: Mapping[str, Term] | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         if sampling.temperature <= 0:
@@ -120,7 +119,6 @@ class Online:
         self.decode = decode
         self.index = 0  # prompts consumed
         self.iteration = 0  # iterations rolled out
-        self._held_out = dict(held_out or {})
         self._experience: Experience | None = None
         self._queue: deque[list[int]] = deque()
         self._reports: list[tuple[str, Mapping[str, Any]]] = []
@@ -164,8 +162,8 @@ class Online:
         return waiting
 
     def held_out(self) -> Mapping[str, Term]:
-        """Terms to evaluate without gradients."""
-        return self._held_out
+        """None: what is held out here is answered and judged (`rollout.assess`)."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the method's numbers; whole only while `resting`."""

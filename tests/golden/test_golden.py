@@ -30,6 +30,7 @@ from framework.losses.sft import chosen_sft, dft, sft
 from framework.losses.sppo import sppo
 from framework.losses.value import value_loss
 from framework.rollout.experience import Shaping, token_rewards
+from framework.rollout.rewards import overlong
 
 CASES = {
     case["name"]: case for case in json.loads((Path(__file__).parent / "losses.json").read_text())["cases"]
@@ -681,8 +682,8 @@ def _gmpo(given, tensor):
 @check("grpo_family_losses", "overlong_penalty")
 def _overlong(given, tensor):
     case = given["overlong"]
-    lengths = torch.tensor(case["lengths"])
-    return adv.overlong_penalty(lengths, max_length=case["max_len"], cache=case["cache"])
+    bounds = {"max_tokens": case["max_len"], "buffer": case["cache"]}
+    return torch.tensor([overlong(n, **bounds) for n in case["lengths"]], dtype=torch.float64)
 
 
 def test_answers_are_what_the_file_says():
