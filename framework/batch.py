@@ -1,6 +1,7 @@
 """Frozen records of what a forward pass takes and what it answers. Knows no file, no loss, no rank.
 
-Letters: R rows, T tokens in a row, S segments (documents), K trained positions, P places (see `Batch`).
+Letters: R rows, T tokens in a row, S segments (documents), K trained positions, P places (see `Batch`),
+k of n tokens of a vocabulary.
 
 A micro-batch is *packed* by default: one row (R = 1) holds whole segments end to end, with
 `position_ids` starting again at 0 in each and `boundaries` between them. *Padded* (R = S) holds one
@@ -99,6 +100,27 @@ class RolloutBatch(Batch):
     returns: Tensor | None = None  # [K] fp32, what the critic learns
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaughtBatch(Batch):
+    """Text to imitate with what a teacher would have said: k of n tokens at each trained position."""
+
+    teacher_ids: Tensor | None  # [K, k] int64, the likeliest first; None: all n in order, so k = n
+    teacher_logps: Tensor  # [K, k] fp32 nats, in a `Distribution` over n tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What to answer beside the targets' log-probabilities: some of the distribution at each position.
+
+    At `ids`, or of the `likeliest`, or of all tokens that take part.
+    """
+
+    vocabulary: int  # n, the first so many tokens, over which the probabilities sum to 1
+    temperature: float  # that divides their logits
+    ids: Tensor | None = None  # [K, k] int64 below n
+    likeliest: int | None = None  # k
+
+
 class Outputs(NamedTuple):
     """What a model answers: numbers per trained position, never a [tokens, vocabulary] tensor.
 
@@ -110,6 +132,8 @@ class Outputs(NamedTuple):
     mean_logps: Tensor | None = None  # [K] fp32 nats, mean over the vocabulary, only when asked for
     collisions: Tensor | None = None  # [K] fp32 nats, log of the sum of squared probabilities, likewise
     values: Tensor | None = None  # [K] fp32, the critic's value of the state that predicts the token
+    candidate_ids: Tensor | None = None  # [K, k] int64, those found where the likeliest were asked for
+    candidate_logps: Tensor | None = None  # [K, k] fp32 nats, only with a `Distribution`
 
 
 class Scores(NamedTuple):

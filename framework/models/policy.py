@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from framework.batch import Batch, Outputs
+from framework.batch import Batch, Distribution, Outputs
+from framework.losses.candidates import candidate_logps, likeliest_logps
 from framework.losses.logprobs import token_logps
 from framework.models import adapters, attention
 from framework.models.noise import noisy
@@ -44,10 +45,12 @@ class Policy(nn.Module):
         needs: frozenset[str] = NOTHING,
         adapter: bool = True,
         temperature: float = 1.0,
+        distribution: Distribution | None = None,
     ) -> Outputs:
         """Log-probabilities [K] of `batch.targets`, of logits divided by `temperature`.
 
-        `needs` may name other fields of `Outputs`: "entropies", "mean_logps", "collisions".
+        `needs` may name other fields of `Outputs`: "entropies", "mean_logps", "collisions". A `distribution`
+        asks for candidates instead, which have a temperature of their own.
         `adapter=False` asks the frozen model under the adapters, for use inside `Engine.inference`. Raises
         ValueError when there are none.
         """
@@ -56,14 +59,21 @@ class Policy(nn.Module):
         with contextlib.nullcontext() if adapter else adapters.without(lm), noisy(lm, batch, noise):
             hidden = body(lm, batch)  # [K, d]
         head = lm.get_output_embeddings()
+        rules: dict[str, Any] = {
+            "bias": getattr(head, "bias", None),
+            "chunk": self.head_chunk_tokens,
+            "scale": self.head_scale,
+            "softcap": self.head_softcap,
+        }
+        if distribution is not None:
+            assert not needs, "candidates come alone"
+            assert temperature == 1.0, "candidates have a temperature of their own"
+            return _candidates(hidden, head.weight, batch.targets, distribution, rules)
         logps, entropies, mean_logps, collisions = token_logps(
             hidden,
             head.weight,
             batch.targets,
-            bias=getattr(head, "bias", None),
-            chunk=self.head_chunk_tokens,
-            scale=self.head_scale,
-            softcap=self.head_softcap,
+            **rules,
             temperature=temperature,
             entropies="entropies" in needs,
             means="mean_logps" in needs,
@@ -74,6 +84,18 @@ class Policy(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The decoder layers, in order: what is sharded, and recomputed, as a unit."""
         return layers(causal_lm(self.lm).base_model)
+
+
+def _candidates(
+    hidden: Tensor, weight: Tensor, targets: Tensor, asked: Distribution, rules: dict[str, Any]
+) -> Outputs:
+    """What the head says of the tokens asked for."""
+    rules = rules | {"vocabulary": asked.vocabulary, "temperature": asked.temperature}
+    if asked.likeliest is not None:
+        found = likeliest_logps(hidden, weight, targets, asked.likeliest, **rules)
+    else:
+        found = candidate_logps(hidden, weight, targets, asked.ids, **rules)
+    return Outputs(found.targets, candidate_ids=found.ids, candidate_logps=found.logps)
 
 
 def body(lm: Any, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from rows import batch, segments
 from transformers import AutoModelForCausalLM
 
+from framework.batch import Distribution
 from framework.models import adapters, load
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
@@ -60,3 +61,20 @@ def test_temperature_divides_the_logits_and_answers_follow_it(description):
     torch.testing.assert_close(found.collisions, law.exp().square().sum(1).log(), rtol=1e-5, atol=1e-5)
     assert found.values is None
     assert policy(batch([row])).collisions is None
+
+
+@torch.no_grad()
+def test_candidates_are_of_the_models_own_distribution(description):
+    """The likeliest five of the first 300 tokens at temperature 2, then the same ones by their ids."""
+    policy = _policy(description)
+    (row,) = segments((9,), description.vocab_size)
+    logits = AutoModelForCausalLM.from_pretrained(description.path)(input_ids=row[None]).logits[0, :-1]
+    values, ids = (logits[:, :300] / 2.0).log_softmax(-1).topk(5)
+    asked = Distribution(vocabulary=300, temperature=2.0, likeliest=5)
+    found = policy(batch([row]), distribution=asked)
+    assert torch.equal(found.candidate_ids, ids)
+    torch.testing.assert_close(found.candidate_logps, values, rtol=1e-5, atol=1e-5)
+    own = logits.log_softmax(-1).gather(1, row[1:, None])[:, 0]
+    torch.testing.assert_close(found.logps, own, rtol=1e-5, atol=1e-5)
+    again = policy(batch([row]), distribution=Distribution(vocabulary=300, temperature=2.0, ids=ids))
+    assert torch.equal(again.candidate_logps, found.candidate_logps)
