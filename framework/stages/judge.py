@@ -6,6 +6,7 @@ of a micro-batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -60,12 +61,12 @@ class ModelReward:
     """Scores answers with `model`, a frozen scorer spread like the policy. It must read the same tokens."""
 
     def __init__(self, model: Callable[[Batch], Scores], *, packing: Packing, world: World) -> None:
-        self.model, self.world = model, world
-        self.packing = replace(packing, shared=None)
+        self.model, self.world, self.packing = model, world, packing
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scored:
         """[N] scores, alike on all ranks. Collective."""
-        answers = Experience.of(prompts, [[c] for c in completions], torch.zeros(len(completions)))
+        asked, given = _groups(prompts, completions)
+        answers = Experience.of(asked, given, torch.zeros(len(completions)))
         owners = answers.owners
         mine = torch.zeros(len(completions), dtype=torch.float64)
         for batch, tokens in cut(answers, range(len(completions)), self.packing):
@@ -77,11 +78,21 @@ class ModelReward:
         return Scored(everywhere(self.world, mine))
 
 
+def _groups(
+    prompts: Sequence[Prompt], completions: Sequence[Completion]
+) -> tuple[list[Prompt], list[list[Completion]]]:
+    """Each prompt once with its answers, where those follow one another: they can share its tokens."""
+    runs = itertools.groupby(zip(prompts, completions, strict=True), key=lambda pair: tuple(pair[0].ids))
+    groups = [list(run) for _, run in runs]
+    return [group[0][0] for group in groups], [[answer for _, answer in group] for group in groups]
+
+
 def at_the_end(batch: Batch) -> Batch:
     """The same tokens, asked at the last one of each segment: K = S, and `targets` mean nothing."""
     count = batch.boundaries.numel() - 1
     if batch.packed:
         last = batch.boundaries[1:].long() - 1
+        last = last if batch.places is None else batch.places[last]
     else:
         last = torch.arange(count) * batch.input_ids.shape[1] + batch.boundaries.diff().long() - 1
     return replace(

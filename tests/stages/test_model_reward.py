@@ -10,6 +10,7 @@ from online_toys import packing, prompts
 from framework.batch import Scores
 from framework.data.collate import collate
 from framework.data.pack import plan
+from framework.data.shared import collate_answers
 from framework.rollout.base import Completion
 from framework.stages.judge import ModelReward
 from framework.strategy.world import Solo
@@ -44,6 +45,25 @@ EXPECTED = [
 def test_each_answer_is_scored_once_at_its_last_token(packed):
     alone = Solo(0, 1, 0, torch.device("cpu"))
     assert judge(alone, packed) == pytest.approx(EXPECTED, rel=1e-6)
+
+
+def test_answers_to_one_prompt_share_its_tokens():
+    """Two prompts with three answers each: the same scores, and each prompt is read once."""
+    alone, read = Solo(0, 1, 0, torch.device("cpu")), []
+
+    def model(batch):
+        read.append(batch.tokens)
+        return last_token(batch)
+
+    asked = [prompt for prompt in prompts(0, 2) for _ in range(3)]
+    given = [*ANSWERS[:3], *ANSWERS[2:]]
+    scores = []
+    for shared in (None, collate_answers):
+        tools = replace(packing(alone), shared=shared)
+        scores.append(ModelReward(model, packing=tools, world=alone)(asked, given).scores.tolist())
+    assert scores[0] == scores[1]
+    answers = sum(len(answer.ids) for answer in given)
+    assert read == [answers + sum(len(prompt.ids) for prompt in each) for each in (asked, prompts(0, 2))]
 
 
 def test_two_ranks_share_the_work_and_know_all_scores():
