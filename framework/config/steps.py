@@ -76,7 +76,9 @@ def pairs(
 
     `samples` answers to each of the first `prompts` questions of two files of task rows (JSONL as `task`
     writes them). An answer that did not end by itself is neither right nor wrong. At most
-    `pairs_per_prompt` pairs of different answers come from one question, drawn by `seed`.
+    `pairs_per_prompt` pairs of different answers come from one question, drawn by `seed`; for training those
+    with the shortest wrong answers. A weak model errs mostly by saying too much, and a judge that has seen
+    little else pays a policy for leaving things out.
 
     The facts say how well two trivial rankings do on the held-out pairs: the shorter answer (or the longer
     one, whichever does better), and the answer that `model` finds more likely; a reward model has to beat
@@ -107,7 +109,11 @@ def pairs(
             (question, *pair)
             for n, (question, group) in enumerate(zip(questions, groups, strict=True))
             for pair in matched(
-                answers[group], right[group], most=pairs_per_prompt, draw=random.Random(key(seed, name, n))
+                answers[group],
+                right[group],
+                most=pairs_per_prompt,
+                draw=random.Random(key(seed, name, n)),
+                shortest=name == "train",
             )
         ]
         if not chosen:
@@ -127,15 +133,25 @@ def verdict(answer: Completion, row: Mapping[str, Any]) -> bool | None:
 
 
 def matched(
-    answers: Sequence[Completion], right: Sequence[bool | None], *, most: int, draw: random.Random
+    answers: Sequence[Completion],
+    right: Sequence[bool | None],
+    *,
+    most: int,
+    draw: random.Random,
+    shortest: bool = False,
 ) -> list[tuple[Completion, Completion]]:
-    """At most `most` pairs of a right and a wrong answer to one question; no wrong text in two of them."""
+    """At most `most` pairs of a right and a wrong answer to one question; no wrong text in two of them.
+
+    Wrong answers are drawn, or the `shortest` are taken.
+    """
     different = {answer.text: (answer, verdict) for answer, verdict in zip(answers, right, strict=True)}
     good = [answer for answer, verdict in different.values() if verdict is True]
     bad = [answer for answer, verdict in different.values() if verdict is False]
     if not good:
         return []
     draw.shuffle(bad)
+    if shortest:
+        bad.sort(key=lambda answer: len(answer.ids))
     return [(draw.choice(good), worse) for worse in bad[:most]]
 
 

@@ -36,6 +36,10 @@ def test_pairs_are_right_over_wrong_with_no_wrong_answer_twice():
     assert len({worse.text for _, worse in found} & {"b", "c", "d"}) == 2
     every = steps.matched(answers, right, most=9, draw=random.Random(0))
     assert sorted(worse.text for _, worse in every) == ["b", "c", "d"]
+    uneven = [said("a"), *(said(text, logps=[-1.0] * n) for text, n in (("b", 3), ("c", 1), ("d", 2)))]
+    verdicts = [True, False, False, False]
+    short = steps.matched(uneven, verdicts, most=2, draw=random.Random(0), shortest=True)
+    assert [worse.text for _, worse in short] == ["c", "d"]
     assert steps.matched(answers, [False] * 6, most=2, draw=random.Random(0)) == []
     assert steps.matched(answers, [True] * 6, most=2, draw=random.Random(0)) == []
 
