@@ -12,9 +12,11 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+import yaml
 
 from framework.config.names import nearest
 from framework.config.nodes import RewardFunction, Target
@@ -26,31 +28,38 @@ def loss(run: Run) -> Callable[..., Any]:
     """The run's loss, bound to its keywords and tried once on made-up inputs of its stage.
 
     What a loss may ask for by parameter name depends on the stage. Raises ConfigError as `resolve` does,
-    where the function asks for something else, and where it refuses its keywords.
+    for a loss of another stage, with the names of those that fit, and where the function refuses its
+    keywords.
     """
     from framework.losses.inputs import inputs
     from framework.losses.items import Items
 
-    name = run.stage.name
+    node, name = run.loss, run.stage.name
+    function = find(node.target, run.trusted_packages, key="loss._target_")
     offers = _offers(name)
+    if not _suits(function, node.keywords, offers):
+        raise _misfit(function, node, name)
     supplied = frozenset().union(*offers)
-    bound = resolve(run.loss, run.trusted_packages, key="loss", supplied=supplied)
-    wanted = inputs(bound)
-    offer = next((o for o in offers if wanted <= set(o) and wanted & o.decisive), None)
-    if offer is None:
-        listed = " or ".join(", ".join(o) for o in offers)
-        raise ConfigError(
-            f"loss._target_: {run.loss.target} asks for {', '.join(sorted(wanted)) or 'nothing'}; expected a "
-            f"loss of stage={name}, which offers {listed}; type loss={USUAL[name]}"
-        )
+    bound = resolve(node, run.trusted_packages, key="loss", supplied=supplied)
+    given = ", ".join(f"loss.{key}={value}" for key, value in node.keywords.items()) or "loss"
     try:
-        items = bound(**{key: offer[key] for key in wanted})
-    except (ValueError, TypeError) as error:
-        given = ", ".join(f"loss.{key}={value}" for key, value in run.loss.keywords.items())
-        raise ConfigError(f"{given or 'loss'}: {run.loss.target} refuses: {error}") from error
+        wanted = inputs(bound)
+        offer = next((o for o in offers if wanted <= set(o) and wanted & o.decisive), None)
+        items = bound(**{key: offer[key] for key in wanted}) if offer is not None else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{given}: {node.target} refuses: {error}") from error
+    if offer is None:
+        raise _misfit(function, node, name, sorted(wanted))
     if not isinstance(items, Items):
-        raise ConfigError(f"loss._target_: {run.loss.target} returned {type(items).__name__}; expected Items")
+        raise ConfigError(f"loss._target_: {node.target} returned {type(items).__name__}; expected Items")
     return bound
+
+
+@functools.cache
+def losses_of(stage: str) -> tuple[str, ...]:
+    """The choices of `conf/loss` whose functions fit a stage, sorted."""
+    offers = _offers(stage)
+    return tuple(n for n, node in _files() if _suits(find(node.target, ()), node.keywords, offers))
 
 
 def rewards(run: Run) -> None:
@@ -106,6 +115,61 @@ def _offers(stage: str) -> list[_Offer]:
             tokens = dict.fromkeys(OFFERED, nats)
             tokens |= {"weight": ones, "segments": torch.zeros(2, dtype=torch.int64), "correction": ones}
             return [_Offer(tokens, ("advantages",))]
+
+
+@functools.cache
+def _files() -> list[tuple[str, Target]]:
+    """The choices of `conf/loss`, sorted."""
+    from framework.config.compose import CONF  # which imports this module
+
+    files = sorted((CONF / "loss").glob("*.yaml"))
+    return [(f.stem, Target.model_validate(yaml.safe_load(f.read_text(encoding="utf-8")))) for f in files]
+
+
+def _suits(function: Callable[..., Any], keywords: Collection[str], offers: Sequence[_Offer]) -> bool:
+    """Whether one of `offers` has what `function` needs and something that makes it a loss of this kind.
+
+    A name that no stage offers is a setting, which `resolve` looks after.
+    """
+    asked = _asked(function)
+    needed = {name for name, needs in asked.items() if needs and name not in keywords} & _offered()
+    return any(needed <= set(offer) and asked.keys() & offer.decisive for offer in offers)
+
+
+@functools.cache
+def _offered() -> frozenset[str]:
+    """What any stage offers."""
+    return frozenset().union(*(offer for stage in USUAL for offer in _offers(stage)))
+
+
+def _asked(function: Callable[..., Any]) -> dict[str, bool]:
+    """Inputs that `function` names, and whether it cannot do without; see `losses.inputs`."""
+    return {
+        p.name: p.default is p.empty
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+
+
+def _misfit(
+    function: Callable[..., Any], node: Target, stage: str, wanted: Sequence[str] | None = None
+) -> ConfigError:
+    """A loss that `stage` cannot give what it asks for (`wanted`, or what it cannot do without)."""
+    if wanted is None:
+        wanted = sorted(name for name, needs in _asked(function).items() if needs)
+    same = " or ".join(f"loss={name}" for name, file in _files() if file == node)
+    listed = " or ".join(", ".join(offer) for offer in _offers(stage))
+    others = [
+        f"stage={other}"
+        for other in USUAL
+        if other != stage and _suits(function, node.keywords, _offers(other))
+    ]
+    usual, rest = USUAL[stage], [name for name in losses_of(stage) if name != USUAL[stage]]
+    asks = f"{same or 'loss._target_'}: {node.target} asks for {', '.join(wanted) or 'nothing'}"
+    expected = f"a loss of stage={stage}, which offers {listed}"
+    type_this = f"loss={usual}" + (f" or one of {', '.join(rest)}" if rest else "")
+    goes = f"; this one goes with {' or '.join(others)}" if others else ""
+    return ConfigError(f"{asks}; expected {expected}; type {type_this}{goes}")
 
 
 def resolve(
