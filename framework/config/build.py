@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import targets
+from framework.config import probes, targets
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, Grpo, Ppo
@@ -64,6 +64,7 @@ class Prepared(Inspected):
     replay: Sequence[Table] = ()  # of a term of its own
     retention: Sequence[Table] = ()
     questions: Sequence[PromptTable] = ()
+    probes: probes.Probes | None = None  # what is watched for forgetting
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -148,15 +149,18 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         )
     named = _distinct([*train_tables, *replay_tables])
     asked = [*run.evaluate.prompts, *(run.data.eval if online else ())]
+    retention = text(run.evaluate.retention)
+    steps = _steps(run, mixture, sum(map(len, train_tables)))
     return Prepared(
         **vars(inspected),
         tables=named if mixed else named[: len(train_tables)],
         replay=() if mixed else named[len(train_tables) :],
         held_out=() if online else read(run.data.eval),
-        retention=text(run.evaluate.retention),
+        retention=retention,
         questions=_read_prompts(inspected, asked, progress=progress) if asked else (),
         mixture=mixture,
-        steps=_steps(run, mixture, sum(map(len, train_tables))),
+        steps=steps,
+        probes=probes.prepare(run, retention, named, steps, _reading(inspected)),
     )
 
 

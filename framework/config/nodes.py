@@ -269,6 +269,13 @@ class Evaluate(Node):
     score: RewardFunction | None
 
 
+class Retain(Node):
+    builtin: bool
+    every: Positive | None
+    rows: Annotated[int, Field(ge=2)] | None
+    cost: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Checkpoint(Node):
     every: Positive | None
     keep: Positive

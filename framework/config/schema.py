@@ -34,6 +34,7 @@ from framework.config.nodes import (
     Optim,
     Positive,
     Replay,
+    Retain,
     Target,
     Text,
     Tracking,
@@ -69,6 +70,7 @@ class Run(Node):
     schedule: Annotated[Constant | Linear | Cosine | Wsd, Field(discriminator="name")]
     strategy: Annotated[Ddp | Fsdp | Zero3, Field(discriminator="name")]
     evaluate: Evaluate
+    retain: Retain
     checkpoint: Checkpoint
     tracker: Tracking
     launch: Launch
@@ -233,6 +235,7 @@ INCIDENTAL = (
     "batch.tokens_per_micro",
     "strategy",
     "evaluate",
+    "retain",
     "checkpoint",
     "tracker",
     "launch",

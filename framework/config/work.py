@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, judging, record, stages
+from framework.config import build, judging, record, retention, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE
@@ -46,14 +47,14 @@ def work(run: Run) -> int:
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
         status = "failed"
         try:
-            result = _train(prepared, world, tracker, stop, checkpoints, resume)
+            result, retained = _train(prepared, world, tracker, stop, checkpoints, resume)
             if result.status == "done" and run.checkpoint.export and world.rank == 0:
                 show_samples(prepared, where / "model", tracker, step=result.progress.step)
             status = result.status
         finally:
             tracker.close(status)
         if world.rank == 0:
-            directory.write_result(where, summary(prepared, result))
+            directory.write_result(where, summary(prepared, result, retained))
         world.barrier()  # nobody leaves before the result is written
     return DONE if result.status == "done" else INTERRUPTED
 
@@ -130,7 +131,9 @@ def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int
     tracker.log("samples", {"rows": rows}, step=step)
 
 
-def summary(prepared: Prepared, result: Result) -> dict[str, Any]:
+def summary(
+    prepared: Prepared, result: Result, retained: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`result.json`: how the run ended, in numbers and paths."""
     run, progress = prepared.run, result.progress
     where, metric = Path(run.run_dir), build.plan(prepared).metric
@@ -150,6 +153,7 @@ def summary(prepared: Prepared, result: Result) -> dict[str, Any]:
         "skipped": progress.skipped,
         "seconds": round(progress.seconds, 3),
         "metrics": dict(result.metrics),
+        "retention": retained or {},
         "best": {"metric": metric, "value": progress.best, "step": progress.best_step},
         "objective": result.metrics.get(metric) if metric else None,
         "paths": {name: str(path) for name, path in paths.items() if path.exists()},
@@ -174,7 +178,7 @@ def _train(
     stop: StopRequest,
     checkpoints: Checkpointer,
     resume: Checkpoint | None,
-) -> Result:
+) -> tuple[Result, dict[str, Any]]:
     engine = build.build_engine(prepared, world)
     if resume is not None:
         resume.expect(engine.trained)
@@ -183,8 +187,10 @@ def _train(
     assess = (
         judging.build_assess(prepared, world, engine, rollout) if rollout and prepared.questions else None
     )
+    stage = stages.build_stage(prepared, world, engine, rollout)
+    watch = retention.build_watch(prepared, world, engine)
     result = train(
-        stages.build_stage(prepared, world, engine, rollout),
+        stage,
         engine,
         build.plan(prepared),
         learning_rate=build.learning_rate(prepared),
@@ -193,12 +199,13 @@ def _train(
         stop=stop,
         resume=resume,
         assess=assess,
+        watch=watch,
     )
     if result.status == "done" and prepared.run.checkpoint.export:
         where = Path(prepared.run.run_dir) / "model"
         write_model(prepared, engine, where)
         tracker.artifact(where, kind="model")
-    return result
+    return result, retention.summary(watch)
 
 
 def _measure(prepared: Inspected, world: World, checkpoint: Path) -> tuple[int, dict[str, float]]:

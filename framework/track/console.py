@@ -39,6 +39,7 @@ class Console:
         self._every_s = every_s
         self._began: tuple[float, int] | None = None  # time and step of the first line: eta's origin
         self._printed = float("-inf")  # when a plain progress line was last printed
+        self._retain_printed = float("-inf")  # and one of retention
         self._skipped = 0.0
         self._last: tuple[int, Mapping[str, Any]] = (0, {})
         self._live: Progress | None = None
@@ -58,6 +59,8 @@ class Console:
             self._train(metrics, step)
         elif kind == "samples":
             self._samples(metrics["rows"])
+        elif kind == "retain":
+            self._retained(metrics, step)
         elif kind == "event":
             self._print(str(metrics["message"]), "dim")
         else:
@@ -93,6 +96,20 @@ class Console:
         elif step == self._steps or now - self._printed >= max(self._every_s, (now - self._began[0]) / 100):
             self._printed = now
             self._print(f"train step {step}/{self._steps}  {line}")
+
+    def _retained(self, metrics: Mapping[str, Any], step: int) -> None:
+        """How much perplexity on general text rose, kind by kind, and the upper end of its 95 % interval."""
+        now = time.monotonic()
+        if step not in (0, self._steps) and now - self._retain_printed < self._every_s:
+            return
+        self._retain_printed = now
+        kinds = [key.removesuffix("/relative") for key in metrics if key.endswith("/relative")]
+        told = (
+            f"{kind} {float(metrics[f'{kind}/relative']):+.1%} "
+            f"(at most {float(metrics[f'{kind}/relative_high']):+.1%})"
+            for kind in kinds
+        )
+        self._print(f"retain step {step}  perplexity against the start: {', '.join(told)}", "bold")
 
     def _eta(self, now: float, step: int) -> str:
         assert self._began is not None

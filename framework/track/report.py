@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from framework.track import jsonl, parts
+from framework.track import jsonl, parts, retention
 from framework.track.chart import COLOURS, Points, chart, number
 from framework.track.page import PAGE
 from framework.track.parts import Record
@@ -63,11 +63,14 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
     rollouts = [record for record in records if record["kind"] == "rollout"]
+    retained = [record for record in records if record["kind"] == "retain"]
     events = [record for record in records if record["kind"] == "event"]
     samples = [record for record in records if record["kind"] == "samples"]
     resumes = [record["step"] for record in events if "resumed" in record["message"]]
     title = str(config.get("name") or name)
+    kept = retention.figures(retained, held_out, rollouts, train, resumes)
     sections = [
+        parts.section("Learnt and forgotten", kept, "charts"),
         parts.section("", _tiles(train, held_out), "tiles"),
         parts.section("Curves", _curves(train, held_out, rollouts, resumes), "charts"),
         parts.section("Samples", parts.samples(samples[-1]["rows"]) if samples else "", "samples"),

@@ -76,7 +76,7 @@ class Wandb:
 
     def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
         def send(run: Any) -> None:
-            if kind not in ("train", "eval") or step > self._known:
+            if kind not in ("train", "eval", "retain") or step > self._known:
                 run.log({**_record(kind, metrics), "step": step})
 
         if kind != "event":

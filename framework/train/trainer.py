@@ -60,6 +60,24 @@ Assess = Callable[[int], tuple[Mapping[str, float], Sequence[Report]]]
 """Optimizer steps done -> metrics beside the held-out losses, and lines. Collective; alike on all ranks."""
 
 
+class Watch(Protocol):
+    """Looks at the trained model now and then, beside evaluations, and may change what is trained on next.
+
+    Collective; alike on all ranks.
+    """
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Before the first step, with the start weights in the engine; `saved` as `state_dict` gave it."""
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step` optimizer steps."""
+
+    def look(self, step: int) -> Sequence[Report]:
+        """Lines for the tracker."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """When things happen, in optimizer steps. 0 = never."""
@@ -139,11 +157,12 @@ def train(
     stop: Stop,
     resume: Saved | None = None,
     assess: Assess | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Train until `plan.steps` or until `stop`, from the start or from `resume`.
 
-    `assess` measures what no held-out loss says, whenever held-out losses are measured. Checkpoints wait for
-    a stage that is in the middle of something, and so does a stop.
+    `assess` measures what no held-out loss says, whenever held-out losses are measured; `watch` has a cadence
+    of its own. Checkpoints wait for a stage that is in the middle of something, and so does a stop.
 
     Collective. Returns "interrupted" after a checkpoint at the last whole step, or "done". Raises
     SapwoodError when `plan.max_skipped` steps in a row had a gradient that is not finite.
@@ -151,6 +170,8 @@ def train(
     world = engine.world
     progress = Progress()
     metrics: dict[str, float] = {}
+    if watch is not None:  # the engine holds the start weights until here
+        watch.begin(None if resume is None else resume.state.get("watch"))
     if resume is not None:
         engine.load_state_dict(resume.updates, resume.read)
         stage.load_state_dict(resume.state["stage"])
@@ -184,6 +205,8 @@ def train(
             return
         progress.seconds = time.perf_counter() - began
         state = {"stage": stage.state_dict(), "progress": asdict(progress), "metrics": metrics}
+        if watch is not None:
+            state["watch"] = watch.state_dict()
         try:
             path = checkpoints.save(progress.step, engine.state_dict(), state)
         except CheckpointError as error:
@@ -206,6 +229,8 @@ def train(
     # Also after a resume: a run that was stopped right before an evaluation makes up for it.
     if evaluation_due():
         measure()
+    if watch is not None and watch.due(progress.step):
+        report(watch.look(progress.step))
     report(stage.reports())
     meter = Meter(world)
     owed = False  # a checkpoint that was due while the stage was in the middle of something
@@ -240,6 +265,8 @@ def train(
         with meter.paused():
             if evaluation_due() and (last or not stopping):
                 measure()
+            if watch is not None and watch.due(progress.step) and (last or not stopping):
+                report(watch.look(progress.step))
             if last or stopping or (owed and resting):
                 save(stopping=stopping)
                 owed = False

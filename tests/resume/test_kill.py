@@ -34,7 +34,7 @@ def command(tmp_path_factory, tiny_model_dir):
         f"replay.sources=[{{path: {place}/general.jsonl}}]",
         "replay.fraction=0.2",
         f"data.cache_dir={place}/cache",
-        "data.max_length=64",
+        "data.max_length=96",
         "batch.sequences=8",
         "batch.tokens_per_micro=96",
         "adapter=lora",
@@ -46,6 +46,7 @@ def command(tmp_path_factory, tiny_model_dir):
         "checkpoint.every=2",
         "checkpoint.export=false",
         "evaluate.every=4",
+        "retain.every=3",
         "tracker.report=false",
     ]
 
@@ -120,7 +121,7 @@ def undisturbed(command, tmp_path_factory):
 
 
 def same_record(run_dir, undisturbed):
-    for kind in ("train", "eval"):
+    for kind in ("train", "eval", "retain"):
         assert lines(run_dir, kind) == lines(undisturbed, kind)
 
 

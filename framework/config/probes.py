@@ -1,0 +1,196 @@
+"""What is watched for forgetting, before a weight is read: rows of which texts, how often, at what cost.
+
+Built-in rows that a tokenizer or `data.max_length` cannot take, and those that are trained on, are left out
+and counted. A row of the user's that is trained on is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from framework.config.schema import Run
+from framework.config.stage import ONLINE
+from framework.data import cache, leaks, probing, templates
+from framework.data import tables as tokenised
+from framework.data.prompts import PromptTable
+from framework.data.sources import Source
+from framework.data.tables import Table
+from framework.errors import DataError, UserError
+from framework.train.retain import FEWEST, Cadence
+
+MOST_ROWS, LEAST_ROWS = 256, 8  # of a stratum, where `retain.rows` leaves it open
+SPREAD = 40  # looks over a run are enough to draw a curve
+FEW = 10  # looks, where rows could be spent instead
+FORWARDS = 3  # forward passes that a training step is worth
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Rows of one table that make a stratum."""
+
+    name: str
+    table: Table
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return int(self.table.lengths[list(self.rows)].sum())
+
+    @property
+    def identity(self) -> str:
+        """Equal rows, equally tokenised."""
+        return cache.fingerprint({"table": self.table.fingerprint, "rows": self.rows})
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a run watches."""
+
+    strata: tuple[Watched, ...]
+    cadence: Cadence
+    cost: float  # share of the run's computation, estimated from tokens
+    left_out: Mapping[str, int]  # built-in rows by reason
+
+    def told(self) -> str:
+        """For people."""
+        kinds = ", ".join(f"{stratum.name} {len(stratum.rows)}" for stratum in self.strata)
+        text = (
+            f"retention is measured on {kinds} rows, {self.cadence.looks()} times, every "
+            f"{self.cadence.every} steps: about {self.cost:.2g} of the computation"
+        )
+        if self.left_out:
+            out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+            text += f"; of the built-in rows left out: {out}"
+        return text
+
+
+def prepare(
+    run: Run,
+    given: Sequence[Table],
+    trained: Sequence[Table],
+    steps: int,
+    reading: Mapping[str, Any],
+) -> Probes | None:
+    """The strata of `given` (the user's) and the built-in ones; None where nothing is to be watched.
+
+    `trained` are all tables that are learnt from or replayed, `reading` is how tables are made of sources.
+    Raises DataError for a row of the user's that is trained on.
+    """
+    if run.stage.name == "reward" or not (given or run.retain.builtin):
+        return None  # a reward model writes nothing, so it has nothing to forget of that
+    left_out: Counter[str] = Counter()
+    found: dict[str, Watched] = {}
+    leaking = partial(leaks.find, tokenizer=reading["tokenizer"], cache_dir=reading["cache_dir"])
+    learnt = [table for table in trained if not isinstance(table, PromptTable)]
+    if run.retain.builtin:
+        taken = {table.name for table in given}
+        for table in _built_in(run, reading, left_out):
+            rows = _readable(table, reading["tokenizer"], left_out)
+            for other in learnt if rows else ():
+                same = {leak.probe for leak in leaking(table, rows, other)}
+                left_out["trained on"] += len(same)
+                rows = [row for row in rows if row not in same]
+            if table.name not in taken and len(rows) >= FEWEST:
+                found[table.name] = Watched(table.name, table, tuple(rows))
+    for table in given:
+        first = range(min(len(table), run.retain.rows or MOST_ROWS))
+        for other in learnt:
+            if leaked := leaking(table, first, other):
+                _refuse(table, other, leaked[0])
+        found[table.name] = Watched(table.name, table, tuple(first))
+    left_out += Counter()  # without zeros
+    if not found:
+        return None
+    return _afford(run, list(found.values()), steps, _tokens_per_step(run, trained), left_out)
+
+
+def _built_in(run: Run, reading: Mapping[str, Any], left_out: Counter[str]) -> list[Table]:
+    """Tables of the built-in rows; a stratum of which nothing can be read is left out whole."""
+    options = {**reading, "truncation": "drop", "on_bad_row": "drop", "workers": 1}
+    if templates.resolve(reading["tokenizer"], reading["chat_template"]) is None:
+        options["chat_template"] = "plain"  # a model that was never taught one
+    read: Callable[[list[Source]], list[Table]] = partial(
+        tokenised.prepare, train_on=run.data.train_on, **options
+    )
+    strata = probing.built_in()
+    try:
+        tables = read(strata)
+    except UserError:
+        tables = []
+        for stratum in strata:
+            try:
+                tables += read([stratum])
+            except UserError:  # no row fits, or the template cannot mark these
+                left_out["over-long or not to be rendered"] += probing.ROWS
+    for table in tables:
+        left_out.update(table.counts.dropped)
+    return tables
+
+
+def _readable(table: Table, tokenizer: Any, left_out: Counter[str]) -> list[int]:
+    """Rows without an unknown token: what a tokenizer cannot write is no measure of its model."""
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    rows = list(range(len(table)))
+    if unknown is None or unknown in others:
+        return rows
+    kept = [row for row in rows if unknown not in table.example(row)[0]]
+    left_out["with letters that the tokenizer lacks"] += len(rows) - len(kept)
+    return kept
+
+
+def _refuse(table: Table, other: Table, leak: leaks.Leak) -> None:
+    raise DataError(
+        f"this row is trained on, too, as {other.where(leak.trained)} ({other.name}), so its loss would say "
+        "nothing of what is forgotten; expected rows that are not learnt; leave it out here or there",
+        path=table.where(leak.probe),
+    )
+
+
+def _tokens_per_step(run: Run, trained: Sequence[Table]) -> float:
+    """About how many tokens pass through the model in one optimizer step."""
+    rows = sum(map(len, trained))
+    each = sum(float(table.lengths.sum()) for table in trained) / rows
+    if run.stage.name in ONLINE:
+        each += run.rollout.max_new_tokens / 2
+    return each * run.batch.sequences
+
+
+def _afford(
+    run: Run, strata: list[Watched], steps: int, tokens_per_step: float, left_out: Mapping[str, int]
+) -> Probes:
+    """As many rows and looks as `retain.cost` pays for; first looks are given up, then rows."""
+    work = FORWARDS * tokens_per_step * steps
+    most = max(len(stratum.rows) for stratum in strata)
+    if run.retain.rows is not None:
+        options = [run.retain.rows]
+    else:
+        options = [most]
+        while options[-1] > LEAST_ROWS:
+            options.append(max(options[-1] // 2, LEAST_ROWS))
+    wanted = min(FEW, steps)
+    for rows in options:
+        chosen = tuple(replace(stratum, rows=stratum.rows[:rows]) for stratum in strata)
+        passes = run.retain.cost * work / sum(stratum.tokens for stratum in chosen)
+        if passes >= wanted + 1:
+            break
+    cadence = _cadence(run, steps, passes - 1)  # the start model is scored twice
+    cost = (cadence.looks() + 1) * sum(stratum.tokens for stratum in chosen) / work
+    return Probes(chosen, cadence, cost, left_out)
+
+
+def _cadence(run: Run, steps: int, affordable: float) -> Cadence:
+    """The closest of evenly spread looks that can be paid for."""
+    if run.retain.every is not None:
+        return Cadence(steps, run.retain.every)
+    every = max(1, -(-steps // SPREAD))
+    dense = 10
+    while (cadence := Cadence(steps, every, dense)).looks() > max(affordable, 2) and every < steps:
+        every = min(2 * every, steps)
+        dense = 0 if every == steps else dense
+    return cadence

@@ -1,0 +1,238 @@
+"""What a run has forgotten so far: the loss on general text against that of the model it started from.
+
+The start model is asked once, before training, and what it said of each row is kept in the checkpoint; so
+nothing but the trained model is in memory, and a resumed run goes on with the same numbers. Rows are added
+up in fp64 in one order and forward passes are cut alike whatever the world size: every rank decides alike.
+
+Letters: n rows of a stratum, row i with t_i trained tokens and d_i nats more than the start model gave it.
+change = sum d_i / sum t_i, a ratio estimate whose variance over rows is
+n / (n - 1) * sum (d_i - change * t_i)^2 / (sum t_i)^2 (Cochran 1977, section 6.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from framework.batch import Batch
+from framework.losses.items import Objective
+from framework.strategy.base import Engine, World
+from framework.train.trainer import Report
+
+NORMAL = 1.959964  # quantile 0.975 of the normal distribution
+FEWEST = 2  # rows without which there is no bound
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """A kind of text whose retention is measured by itself."""
+
+    name: str
+    rows: Sequence[int]  # its numbers among the rows of the probe
+    identity: str  # changes with the rows, their tokens and what decides how they are scored
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows to score, on this rank. `sources` of a batch are numbers of rows, -1 in fills."""
+
+    strata: Sequence[Stratum]
+    micros: Sequence[Batch]
+    again: Sequence[Batch]  # the same rows cut otherwise: how much the cut alone changes
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of held-out loss against the start model, in nats a token, with its 95 % interval."""
+
+    loss: float
+    change: float
+    half: float  # half the width of the interval; inf for a single row
+    rows: int
+    tokens: int
+
+    @property
+    def low(self) -> float:
+        return self.change - self.half
+
+    @property
+    def high(self) -> float:
+        return self.change + self.half
+
+
+Score = tuple[float, float]
+"""(nats, trained tokens) of one row."""
+
+Decide = Callable[[int, Mapping[str, Change], Mapping[str, float]], Sequence[Report]]
+"""(step, changes, noise by stratum) -> lines; may change what is trained on next."""
+
+
+def compare(start: Sequence[Score], now: Sequence[Score]) -> Change | None:
+    """Paired over rows; rows that the start model gave no finite loss are left out. None of no row."""
+    pairs = [(a[0], b[0], b[1]) for a, b in zip(start, now, strict=True) if math.isfinite(a[0]) and b[1] > 0]
+    tokens = math.fsum(t for _, _, t in pairs)
+    if not pairs:
+        return None
+    change = math.fsum(b - a for a, b, _ in pairs) / tokens if _finite(pairs) else math.nan
+    half = math.inf
+    if len(pairs) >= FEWEST:
+        squares = math.fsum((b - a - change * t) ** 2 for a, b, t in pairs) if _finite(pairs) else math.nan
+        half = quantile(len(pairs) - 1) * math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / tokens
+    loss = math.fsum(b for _, b, _ in pairs) / tokens if _finite(pairs) else math.nan
+    return Change(loss, change, half, len(pairs), int(tokens))
+
+
+def _finite(pairs: Sequence[tuple[float, float, float]]) -> bool:
+    return all(math.isfinite(now) for _, now, _ in pairs)
+
+
+def quantile(freedom: int) -> float:
+    """Quantile 0.975 of Student's t: exact for 1 to 3, else Cornish and Fisher's series, to 0.1 %."""
+    if freedom <= 3:
+        return (12.7062, 4.30265, 3.18245)[freedom - 1]
+    z, v = NORMAL, float(freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
+
+
+def relative(change: float) -> float:
+    """exp(change) - 1: by how much perplexity rose. 0.01 is one percent."""
+    return math.expm1(change) if change < 700 else math.inf
+
+
+def score(engine: Engine, objective: Objective, micros: Sequence[Batch], rows: int) -> list[Score]:
+    """Nats and trained tokens of every row, alike on every rank. Collective."""
+    mine: dict[int, list[float]] = {}
+    with engine.inference():
+        for batch in micros:
+            items = objective(engine, batch)
+            weights = items.weight.detach().double().cpu()
+            nats = (items.loss.detach().double().cpu() * weights).where(weights > 0, 0.0)
+            owners = batch.sources[batch.segments.cpu()]  # [K] the row of each trained token
+            for row in batch.sources[batch.sources >= 0].unique().tolist():
+                chosen = owners == row
+                mine[row] = [float(nats[chosen].sum()), float(weights[chosen].sum())]
+    known: dict[int, list[float]] = {}
+    for rank in engine.world.gather(list(mine.items())):
+        known |= {int(row): values for row, values in rank}
+    return [(known[row][0], known[row][1]) for row in range(rows)]
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When to look: at the start, every `every` steps, every `dense` in the first tenth, and at the end."""
+
+    steps: int
+    every: int
+    dense: int = 10
+
+    def due(self, step: int) -> bool:
+        """Whether a look is due after `step` optimizer steps."""
+        early = self.dense > 0 and step * 10 <= self.steps and step % self.dense == 0
+        return step in (0, self.steps) or early or step % self.every == 0
+
+    def looks(self) -> int:
+        """How many there are in the whole run."""
+        early = range(0, self.steps // 10 + 1, self.dense) if self.dense else range(0)
+        return len({0, self.steps, *range(0, self.steps, self.every), *early})
+
+
+class Retention:
+    """Watches a run, see `trainer.Watch`. `decide` is told what was found and may act on it.
+
+    `told` are lines to report with the first look.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Probe,
+        objective: Objective,
+        cadence: Cadence,
+        *,
+        decide: Decide | None = None,
+        told: Sequence[Report] = (),
+    ) -> None:
+        self.engine, self.probe, self.objective, self.cadence = engine, probe, objective, cadence
+        self.decide, self._told = decide, list(told)
+        self.looked: int | None = None
+        self.latest: dict[str, Change] = {}
+        self.noise: dict[str, float] = {}
+        self._start: dict[str, dict[str, Any]] = {}  # by stratum: its identity, and a score for each row
+
+    @property
+    def world(self) -> World:
+        return self.engine.world
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from `saved`; what it lacks is asked of the engine, which holds the start weights."""
+        if saved is not None:
+            self.looked = saved["looked"]
+            wanted = {s.name: s.identity for s in self.probe.strata}
+            known = saved["start"].items()
+            self._start = {n: dict(one) for n, one in known if wanted.get(n) == one["identity"]}
+            self.latest = {n: Change(**c) for n, c in saved["latest"].items() if n in self._start}
+        missing = [s for s in self.probe.strata if s.name not in self._start]
+        if missing:
+            first, second = self._score(self.probe.micros), self._score(self.probe.again)
+            for stratum in missing:
+                scores = [first[row] for row in stratum.rows]
+                noise = compare(scores, [second[row] for row in stratum.rows])
+                self._start[stratum.name] = {
+                    "identity": stratum.identity,
+                    "scores": scores,
+                    "noise": abs(noise.change) if noise else math.inf,
+                }
+        self.noise = {name: one["noise"] for name, one in self._start.items()}
+
+    def due(self, step: int) -> bool:
+        """Whether `look` is to be called after `step` steps; not twice after the same."""
+        return self.looked != step and self.cadence.due(step)
+
+    def look(self, step: int) -> list[Report]:
+        """Measure every stratum. Collective; alike on all ranks."""
+        self.looked = step
+        if step == 0:  # the start model is the start model
+            now = {name: one["scores"] for name, one in self._start.items()}
+        else:
+            scores = self._score(self.probe.micros)
+            now = {s.name: [scores[row] for row in s.rows] for s in self.probe.strata}
+        found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
+        self.latest = {name: change for name, change in found.items() if change is not None}
+        lines: list[Report] = [*self._told, ("retain", self.line())]
+        self._told = []
+        if self.decide is not None:
+            lines += self.decide(step, self.latest, self.noise)
+        return lines
+
+    def line(self) -> dict[str, float]:
+        """What the last look found, as metrics."""
+        line: dict[str, float] = {}
+        for name, found in self.latest.items():
+            line |= {
+                f"{name}/loss": found.loss,
+                f"{name}/change": found.change,
+                f"{name}/low": found.low,
+                f"{name}/high": found.high,
+                f"{name}/relative": relative(found.change),
+                f"{name}/relative_high": relative(found.high),
+                f"{name}/noise": self.noise[name],
+                f"{name}/units": float(found.tokens),
+            }
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the start model said, and the last look; JSON."""
+        latest = {name: vars(change) for name, change in self.latest.items()}
+        return {"looked": self.looked, "start": self._start, "latest": latest}
+
+    def _score(self, micros: Sequence[Batch]) -> list[Score]:
+        rows = sum(len(stratum.rows) for stratum in self.probe.strata)
+        return score(self.engine, self.objective, micros, rows)
