@@ -17,6 +17,7 @@ import torch
 from framework.config import probes, targets
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
+from framework.config.spread import build_strategy
 from framework.config.stage import ONLINE, Grpo, Ppo
 from framework.data import answers, prompts
 from framework.data import tables as tokenised
@@ -29,7 +30,7 @@ from framework.errors import ConfigError
 from framework.losses.inputs import inputs
 from framework.losses.items import Items
 from framework.models import actor_critic, load
-from framework.strategy.base import Build, Engine, Frozen, Strategy, Weights, World
+from framework.strategy.base import Build, Engine, Frozen, Weights, World
 from framework.train.checkpoint import Checkpointer
 from framework.train.optim import adamw
 from framework.train.schedule import Schedule, schedule
@@ -233,24 +234,6 @@ def build_weights(inspected: Inspected) -> Weights:
     """Reads or makes the weights, on rank 0."""
     run = inspected.run
     return load.reader(inspected.description, adapter=adapter_of(run), seed=run.seed)
-
-
-def build_strategy(run: Run, world: World) -> Strategy:
-    """How the model is spread. Each strategy's libraries are imported only when it is chosen."""
-    common = {"precision": run.precision, "checkpointing": run.model.activation_checkpointing}
-    match run.strategy.name:
-        case "ddp":
-            from framework.strategy.ddp import Ddp
-
-            return Ddp(world, **common)
-        case "fsdp":
-            from framework.strategy.fsdp2 import Fsdp
-
-            return Fsdp(world, **common, reshard_after_forward=run.strategy.reshard_after_forward)
-        case "zero3":
-            from framework.strategy.zero import Zero
-
-            return Zero(world, stage=3, **common)
 
 
 def plan(prepared: Prepared) -> Plan:

@@ -244,19 +244,6 @@ class Wsd(Warmup):
         return self
 
 
-class Ddp(Node):
-    name: Literal["ddp"]
-
-
-class Fsdp(Node):
-    name: Literal["fsdp"]
-    reshard_after_forward: bool
-
-
-class Zero3(Node):
-    name: Literal["zero3"]
-
-
 class Evaluate(Node):
     every: Positive | None
     at_start: bool

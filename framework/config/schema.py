@@ -15,15 +15,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from framework.config import pairs
 from framework.config.nodes import (
     Batch,
     Checkpoint,
     Constant,
     Cosine,
     Data,
-    Ddp,
     Evaluate,
-    Fsdp,
     Full,
     Launch,
     Linear,
@@ -39,11 +38,11 @@ from framework.config.nodes import (
     Text,
     Tracking,
     Wsd,
-    Zero3,
     exactly_one,
     refuse,
 )
 from framework.config.stage import ONLINE, Grpo, Hf, Ppo, Preference, RewardModel, Rewards, Sft, Vllm
+from framework.config.strategy import Spread
 
 
 class Run(Node):
@@ -68,7 +67,7 @@ class Run(Node):
     batch: Batch
     optim: Optim
     schedule: Annotated[Constant | Linear | Cosine | Wsd, Field(discriminator="name")]
-    strategy: Annotated[Ddp | Fsdp | Zero3, Field(discriminator="name")]
+    strategy: Annotated[Spread, Field(discriminator="name")]
     evaluate: Evaluate
     retain: Retain
     checkpoint: Checkpoint
@@ -124,6 +123,7 @@ class Run(Node):
             )
         self._rehearsed()
         self._online()
+        pairs.check(self.strategy, self.launch)
         world_size = self.launch.nproc * self.launch.nnodes
         if world_size > self.batch.sequences:
             raise refuse(

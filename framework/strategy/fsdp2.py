@@ -3,6 +3,11 @@ rows of each parameter, its gradient and its moments, and gathers a block's weig
 
 The sharded fp32 rows are the masters; gathering rounds them to the compute dtype. The optimizer steps
 on the plain local rows, not on DTensors: same arithmetic, no dispatch, and state by name for free.
+
+Where several groups of ranks hold a copy of the model each (HSDP), FSDP2 knows of one copy, and gradients
+are added over copies once per optimizer step, when they are complete. FSDP2's own way does so in every
+micro-batch, and put off (`set_requires_all_reduce`) it loses the gradients of a block that the last
+micro-batch leaves out.
 """
 
 from __future__ import annotations
@@ -11,12 +16,11 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -35,11 +39,12 @@ from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
 from framework.strategy.frozen import Frozen
 from framework.strategy.memory import checkpoint_blocks
+from framework.strategy.mesh import Mesh, mesh_of, ranks_of_a_host
 
 
 @dataclass(frozen=True)
 class Fsdp:
-    """Parameters, gradients and moments sharded over all ranks of `world`, by rows.
+    """Parameters, gradients and moments sharded over ranks of `world`, by rows.
 
     `precision` is "fp32" or "bf16"; `checkpointing` is "none", "selective" or "full".
     `reshard_after_forward` true spends least memory: a block's weights are dropped after its forward
@@ -47,7 +52,10 @@ class Fsdp:
     weights stay gathered from the first micro-batch of a step to the last, and gradients are kept
     whole (4 bytes a parameter) and reduced once.
 
-    Bytes per trained parameter on each of w ranks: 16 / w, and the gathered blocks.
+    `shards` ranks, a divisor of the world, share a copy of the model; the others hold copies of it. "host"
+    is the ranks of one host (HSDP), None all ranks.
+
+    Bytes per trained parameter on each of w ranks that share a copy: 16 / w, and the gathered blocks.
     One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
     """
 
@@ -55,19 +63,22 @@ class Fsdp:
     precision: str = "bf16"
     checkpointing: str = "none"
     reshard_after_forward: bool = True
+    shards: int | Literal["host"] | None = None
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         if self.world.size == 1:
             return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
         module = common.build_on_meta(build, self.world.device)
         checkpoint_blocks(module, self.checkpointing)
+        mesh = self._mesh()
         # the backward pass begins with the head: dropping it after the forward pass would be for nothing
-        self._shard(module, drop_blocks=self.reshard_after_forward, drop_rest=False)
+        self._shard(module, mesh, drop_blocks=self.reshard_after_forward, drop_rest=False)
         _materialize(module, self.world.device)
         parameters = cast(dict[str, nn.Parameter], dict(module.named_parameters()))
-        _fill(self.world, parameters, weights)
+        _fill(self.world, mesh, parameters, weights)
         return FsdpEngine(
             self.world,
+            mesh,
             module.train(),
             parameters,
             optimizer,
@@ -75,23 +86,29 @@ class Fsdp:
         )
 
     def freeze(self, build: Build, weights: Weights) -> Frozen:
-        """2 / w bytes per parameter on each of w ranks in bf16, 4 / w in fp32, and the gathered blocks."""
+        """2 / w bytes per parameter on each of w ranks of a copy in bf16, 4 / w in fp32, and the gathered
+        blocks."""
         if self.world.size == 1:
             return Ddp(self.world, self.precision).freeze(build, weights)
         module = common.build_on_meta(build, self.world.device).requires_grad_(False)
-        self._shard(module, drop_blocks=True, drop_rest=True)
+        mesh = self._mesh()
+        self._shard(module, mesh, drop_blocks=True, drop_rest=True)
         _materialize(module, self.world.device)
         parameters = cast(dict[str, nn.Parameter], dict(module.named_parameters()))
-        _fill(self.world, parameters, weights)
+        _fill(self.world, mesh, parameters, weights)
 
         def put(parameter: Any, whole: Tensor) -> None:
-            part = _part(self.world, parameter)
+            part = _part(mesh, parameter)
             rows = part.master.numel()
             part.master.view(-1).copy_(whole.reshape(-1)[part.first : part.first + rows])
 
         return Frozen(self.world, module, parameters, put)
 
-    def _shard(self, module: nn.Module, *, drop_blocks: bool, drop_rest: bool) -> None:
+    def _mesh(self) -> Mesh:
+        shards = ranks_of_a_host(self.world) if self.shards == "host" else self.shards
+        return mesh_of(self.world, shards or self.world.size)
+
+    def _shard(self, module: nn.Module, mesh: Mesh, *, drop_blocks: bool, drop_rest: bool) -> None:
         """One unit per block; the rest (embedding, last norm, head) is one more, so ties hold.
 
         `drop_...`: whether gathered weights are dropped after the forward pass.
@@ -102,7 +119,7 @@ class Fsdp:
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
             common.hang(nn.Parameter(empty, requires_grad=parameter.requires_grad), where)
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
+            "mesh": mesh.over_shards,
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=compute,
                 reduce_dtype=torch.float32,
@@ -124,6 +141,7 @@ class FsdpEngine:
     def __init__(
         self,
         world: World,
+        mesh: Mesh,
         module: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         optimizer: OptimizerFactory,
@@ -132,11 +150,12 @@ class FsdpEngine:
     ) -> None:
         """`parameters` are all sharded parameters by name, DTensors cut by rows."""
         self.world = world
+        self._mesh = mesh
         self._module = module
         self._root = cast(FSDPModule, module)
         self._parameters = parameters
         self._gathered_per_step = gathered_per_step
-        self._parts = {name: _part(world, p) for name, p in parameters.items() if p.requires_grad}
+        self._parts = {name: _part(mesh, p) for name, p in parameters.items() if p.requires_grad}
         self.trained: Mapping[str, tuple[int, ...]] = {name: part.shape for name, part in self._parts.items()}
         self._optimizer = common.optimizer_over(optimizer, self._parts)
         self._updates = 0
@@ -158,8 +177,10 @@ class FsdpEngine:
     def step(self, *, lr: float, max_grad_norm: float | None) -> float:
         self._release()
         gradients = [(part.master, self._gradient(name)) for name, part in self._parts.items()]
-        squares = common.sum_of_squares([gradient for _, gradient in gradients], self.world.device)
-        dist.all_reduce(squares)
+        mine = [gradient for _, gradient in gradients]
+        self._mesh.add_over_copies(mine, self.world.device)
+        squares = common.sum_of_squares(mine if self._mesh.copy == 0 else [], self.world.device)
+        dist.all_reduce(squares)  # copies hold the same gradients: one of them counts
         norm = math.sqrt(squares.item())
         if common.update(self._optimizer, gradients, norm=norm, lr=lr, max_grad_norm=max_grad_norm):
             self._updates += 1
@@ -199,17 +220,18 @@ def _units(module: nn.Module) -> list[FSDPModule]:
     return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
-def _rows(world: World, parameter: nn.Parameter) -> int:
-    """Rows of every rank but the last ones, which may have fewer or none."""
-    return -(-parameter.shape[0] // world.size)
+def _rows(mesh: Mesh, parameter: nn.Parameter) -> int:
+    """Rows of every shard but the last ones, which may have fewer or none."""
+    return -(-parameter.shape[0] // mesh.shards)
 
 
-def _part(world: World, parameter: nn.Parameter) -> Part:
+def _part(mesh: Mesh, parameter: nn.Parameter) -> Part:
     """The rows of this rank: a plain tensor that shares their memory."""
     local = cast(DTensor, parameter.detach()).to_local()
     whole = math.prod(parameter.shape)
-    first = min(world.rank * _rows(world, parameter) * math.prod(parameter.shape[1:]), whole)
-    return Part(tuple(parameter.shape), first, nn.Parameter(local), first, first + local.numel())
+    first = min(mesh.shard * _rows(mesh, parameter) * math.prod(parameter.shape[1:]), whole)
+    start, stop = mesh.own(local.numel())
+    return Part(tuple(parameter.shape), first, nn.Parameter(local), first + start, first + stop)
 
 
 def _materialize(module: nn.Module, device: torch.device) -> None:
@@ -217,7 +239,7 @@ def _materialize(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
-def _fill(world: World, parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
+def _fill(world: World, mesh: Mesh, parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
     """Scatter rank 0's values, one parameter at a time.
 
     Rank 0 holds one whole parameter besides its shard (twice, where the rows do not divide evenly
@@ -225,15 +247,16 @@ def _fill(world: World, parameters: Mapping[str, nn.Parameter], weights: Weights
     """
     for name, value in common.arriving(world, weights, parameters):
         parameter = parameters[name]
-        rows = _rows(world, parameter)
+        rows = _rows(mesh, parameter)
         mine = torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device=world.device)
         pieces = None
         if value is not None:
             whole = value.reshape(parameter.shape).to(world.device, parameter.dtype)
-            missing = rows * world.size - whole.shape[0]
+            missing = rows * mesh.shards - whole.shape[0]
             if missing:
                 whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
-            pieces = list(whole.contiguous().split(rows))
+            shards = whole.contiguous().split(rows)
+            pieces = [shards[mesh.piece_of(rank)] for rank in range(world.size)]
         dist.scatter(mine, pieces, src=0)
         local = cast(DTensor, parameter.detach()).to_local()
         local.copy_(mine[: local.shape[0]])

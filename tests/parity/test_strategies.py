@@ -1,4 +1,4 @@
-"""One process, DDP, FSDP2 and ZeRO-3 on 1, 2 and 4 ranks against plain transformers in fp32."""
+"""One process and every strategy, on 1, 2 and 4 ranks, against plain transformers in fp32."""
 
 import pytest
 import recipes
@@ -6,6 +6,18 @@ import torch
 import workers
 
 STRATEGIES = ["ddp", "fsdp", "zero3"]
+TWO_COPIES = "hsdp strategy.shard_size=2 launch.nproc=4"
+CELLS = [
+    *(
+        (strategy, size, adapter)
+        for strategy in STRATEGIES
+        for size in (1, 2, 4)
+        for adapter in ("full", "lora")
+    ),
+    ("hsdp", 2, "full"),
+    *(pytest.param(TWO_COPIES, 4, adapter, marks=pytest.mark.slow) for adapter in ("full", "lora")),
+]
+"""Strategies that are variations of another one are held to less: their own tests are in tests/strategy."""
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +46,16 @@ def largest_difference(gradient, expected):
     return max(float((gradient[name] - tensor).abs().max()) for name, tensor in expected.items()) / scale
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "size", "adapter"), CELLS)
 def test_every_strategy_trains_what_plain_transformers_trains(
     strategy, size, adapter, data, references, tiny_model_dir
 ):
     """Loss, gradient, norm of the first step to 1e-5; losses of 20 steps to 1e-4; uneven, masked rows."""
     expected = references(adapter)
-    arguments = recipes.overrides(tiny_model_dir, data, data.parent, adapter=adapter, strategy=strategy)
-    ranks = workers.run(size, recipes.train, arguments, steps=20, timeout_s=180)
+    arguments = recipes.overrides(tiny_model_dir, data, data.parent, adapter=adapter)
+    ranks = workers.run(
+        size, recipes.train, [*arguments, *f"strategy={strategy}".split()], steps=20, timeout_s=180
+    )
     assert len({tuple(rank["micros"]) for rank in ranks}) == 1
     assert max(ranks[0]["micros"]) > 1, "the step must be cut for this test to mean anything"
     assert ranks[0]["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)

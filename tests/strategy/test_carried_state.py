@@ -34,7 +34,7 @@ def equal(one, other):
     )
 
 
-WORLDS = [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 4)]
+WORLDS = [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,14 @@ def resumes(world, name, options):
     return histories
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_resume_is_bitwise_with_dropout_and_state_is_a_snapshot(name, checkpointing, precision):
+KINDS = [(kind, bits) for kind in ("none", "full") for bits in ("fp32", "bf16")]
+RESUMED = [(name, 2, *kind) for name in ("ddp", "fsdp") for kind in KINDS] + [("hsdp", 4, "full", "bf16")]
+
+
+@pytest.mark.parametrize(("name", "size", "checkpointing", "precision"), RESUMED)
+def test_resume_is_bitwise_with_dropout_and_state_is_a_snapshot(name, size, checkpointing, precision):
     options = {"precision": precision, "checkpointing": checkpointing}
-    for calm, fresh in workers.run(2, resumes, name, options):
+    for calm, fresh in workers.run(size, resumes, name, options):
         assert calm == fresh
 
 

@@ -16,6 +16,7 @@ ENGINES = [
     ("fsdp", {}),
     ("fsdp", {"reshard_after_forward": False}),
 ]
+HSDP = ("hsdp", {})  # copies of two ranks each
 
 
 def trains(world, name, options, steps, count, **data):
@@ -30,9 +31,12 @@ def worst(joined, reference, which):
     return max(np.abs(joined[name][which] - reference[name][which]).max() for name in reference) / largest
 
 
+CUTS = [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (4, 2)]
+CASES = [(*engine, *cut) for engine in ENGINES for cut in CUTS] + [(*HSDP, 4, 1), (*HSDP, 4, 3)]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("size", "count"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (4, 2)])
-@pytest.mark.parametrize(("name", "options"), ENGINES)
+@pytest.mark.parametrize(("name", "options", "size", "count"), CASES)
 def test_loss_gradient_and_norm_equal_one_plain_process(name, options, size, count, frozen):
     """After one update exp_avg = (1 - beta) * clipped gradient, so the moments show the gradient.
 
@@ -61,15 +65,15 @@ def leads(world, name, options):
     return history, weights, toy.portable(engine.state_dict()), engine.trained
 
 
-@pytest.mark.parametrize(("name", "options"), ENGINES)
-def test_trajectory_and_weights_after_a_forward_pass(name, options):
+@pytest.mark.parametrize(("name", "options", "size"), [*((*engine, 3) for engine in ENGINES), (*HSDP, 4)])
+def test_trajectory_and_weights_after_a_forward_pass(name, options, size):
     """AdamW divides by sqrt(exp_avg_sq), which blows rounding up: losses are held to 1e-5, not 1e-6.
 
     `weights()` gives every parameter once, tied ones under their first name, equal to the masters
     bit for bit although the root of FSDP2 stays gathered after a forward pass.
     """
     history, reference = toy.plain(range(3))
-    results = workers.run(3, leads, name, options)
+    results = workers.run(size, leads, name, options)
     _, joined = toy.whole([state for _, _, state, _ in results])
     names = [name for name, _ in toy.Toy().named_parameters()]
     assert "head.weight" not in names
@@ -90,7 +94,7 @@ def spreads(world, name, options, precision, frozen):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("size", "name"), [(1, "ddp"), (2, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(("size", "name"), [(1, "ddp"), (2, "ddp"), (3, "fsdp"), (4, "hsdp")])
 def test_masters_are_the_source_bit_for_bit(size, name, precision, frozen):
     """The model is born without memory and filled from rank 0: trained parameters are exact fp32,
 
@@ -124,10 +128,13 @@ def skips(world, name, options, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "options"), ENGINES)
-def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(name, options, precision):
-    """The step after a skipped one equals, bit for bit, the step of a run that never saw the NaN."""
-    for (_, skipped), after, calm in workers.run(2, skips, name, options, precision):
+@pytest.mark.parametrize(("name", "options", "size"), [*((*engine, 2) for engine in ENGINES), (*HSDP, 4)])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(name, options, size, precision):
+    """The step after a skipped one equals, bit for bit, the step of a run that never saw the NaN.
+
+    The NaN is the last rank's, in another copy of the model than rank 0's.
+    """
+    for (_, skipped), after, calm in workers.run(size, skips, name, options, precision):
         assert not np.isfinite(skipped)
         assert np.isfinite(after[1])
         assert after == calm
@@ -242,10 +249,38 @@ def counts(world, name, options):
         ("fsdp", 2, {}, [(7, 4), (7, 4), (7, 4)]),
         # gathered once a step, reduced once a step
         ("fsdp", 2, {"reshard_after_forward": False}, [(4, 0), (0, 0), (0, 4)]),
+        # within a copy as fsdp, between copies nothing
+        ("hsdp", 4, {}, [(7, 4), (7, 4), (7, 4)]),
     ],
 )
 def test_what_each_micro_batch_sends(name, size, options, expected):
     assert workers.run(size, counts, name, options) == [expected] * size
+
+
+def leaves_out(world, name):
+    """The norm of a step whose last micro-batch leaves block 1 out, and what the optimizer step sends."""
+    engine = toy.start(world, name, precision="fp32")
+    block, norms = engine._module.layers[1], []
+    whole = block.forward
+    for _ in range(2):  # a gradient that came too late would be in the second step
+        for number, batch in enumerate(toy.micros(0, world.rank, world.size, 2)):
+            block.forward = whole if number == 0 else lambda x, *, causal: x
+            with engine.micro(last=number == 1):
+                engine.backward(toy.total(engine(batch), batch))
+        with Collectives() as seen:
+            norms.append(engine.step(lr=0.0, max_grad_norm=None))
+    return norms, (seen.gathers, seen.reductions)
+
+
+def test_copies_add_gradients_once_a_step_also_of_a_block_that_the_last_micro_batch_leaves_out():
+    """Beside the norm's one reduction, one of a bucket between copies. Results as with one copy."""
+    ((expected, sent), *_), ((norms, more), *others) = (
+        workers.run(4, leaves_out, name) for name in ("fsdp", "hsdp")
+    )
+    assert (sent, more) == ((0, 1), (0, 2))
+    assert norms == pytest.approx(expected, rel=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert all(other == (norms, more) for other in others)
 
 
 def fills_many_buckets(world, unused):

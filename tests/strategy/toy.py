@@ -6,6 +6,7 @@ of ranks, so shards are uneven and some are empty.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from framework.strategy.fsdp2 import Fsdp
 
 VOCABULARY, HIDDEN, INNER, BLOCKS = 13, 10, 14, 3
 BETA = 0.9
-STRATEGIES = {"ddp": Ddp, "fsdp": Fsdp}
+STRATEGIES = {"ddp": Ddp, "fsdp": Fsdp, "hsdp": partial(Fsdp, shards=2)}
 
 
 @dataclass(frozen=True)

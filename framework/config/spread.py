@@ -1,0 +1,33 @@
+"""From a validated run to the strategy that spreads its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from framework.config import strategy as kinds
+from framework.config.schema import Run
+from framework.strategy.base import Strategy, World
+
+
+def build_strategy(run: Run, world: World) -> Strategy:
+    """How the model is spread. Each strategy's libraries are imported only when it is chosen."""
+    chosen = run.strategy
+    common: dict[str, Any] = {
+        "precision": run.precision,
+        "checkpointing": run.model.activation_checkpointing,
+    }
+    match chosen:
+        case kinds.Ddp():
+            from framework.strategy.ddp import Ddp
+
+            return Ddp(world, **common)
+        case kinds.Fsdp() | kinds.Hsdp():
+            from framework.strategy.fsdp2 import Fsdp
+
+            if isinstance(chosen, kinds.Hsdp):
+                common["shards"] = chosen.shard_size or "host"
+            return Fsdp(world, **common, reshard_after_forward=chosen.reshard_after_forward)
+        case kinds.Zero1() | kinds.Zero2() | kinds.Zero3():
+            from framework.strategy.zero import Zero
+
+            return Zero(world, stage=int(chosen.name[-1]), **common)
