@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +29,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from framework.cluster import directory, environ, worker
+from framework.cluster import directory, environ, schedulers, worker
+from framework.cluster.machines import Alone, Machines, gathered
 from framework.config import compose, record
 from framework.config.schema import Run
-from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, UserError
+from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, SapwoodError, UserError
 
 TELL_EVERY_S = 2.0  # tokenising a large file takes minutes, and silence looks like a hang
 WORKER = "--worker"  # how our own gang starts this file, with the path of a run
@@ -78,7 +79,7 @@ def launch(arguments: Sequence[str], parts: Parts) -> NoReturn:
 
     In a sweep a run that fails is noted and the next one starts; a stop ends the sweep.
     """
-    node = environ.node(os.environ)
+    node = schedulers.node(os.environ)
     arguments = [*(node.overrides() if node else ()), *arguments]
     compose.check(arguments)
     asked = compose.command(arguments)
@@ -120,45 +121,68 @@ def start(run: Run, parts: Parts) -> Outcome:
 
     Raises UserError where the run cannot be started.
     """
-    where, first = Path(run.run_dir), run.launch.node_rank == 0
-    with ExitStack() as stack:
-        if first:  # of several machines, which may share the directory
-            stack.enter_context(directory.held(where))
-            if finished := begin(run):
-                print(f"{where}: already done; its model and metrics are there", file=sys.stderr)
-                return finished
-        parts.prepare(run)
-        if first:
-            keep(run)
-        from framework.cluster import gang  # torch takes seconds to import; a refusal must not wait for it
+    where, options = Path(run.run_dir), run.launch
+    try:
+        with ExitStack() as stack:
+            machines = stack.enter_context(
+                gathered(
+                    rank=options.node_rank,
+                    count=options.nnodes,
+                    address=options.master_addr,
+                    port=options.master_port,
+                    timeout_s=options.timeout_s,
+                )
+            )
 
-        options = run.launch
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="sapwood-"))
+            def look() -> Any:  # machine 0, for all: the others may share the directory, or not see it
+                stack.enter_context(directory.held(where))
+                finished = begin(run)
+                return {"finished": finished and asdict(finished), "decisive": run.decisive()}
+
+            found = machines.first(look)
+            machines.each(lambda: _same(found["decisive"], run))
+            if found["finished"] is not None:
+                print(f"{where}: already done; its model and metrics are there", file=sys.stderr)
+                return Outcome(**found["finished"])
+            machines.each(lambda: parts.prepare(run))
+            if machines.rank == 0:
+                keep(run)
+            try:
+                stopped = _train(run, parts, machines)
+            except SapwoodError as error:
+                earlier = directory.result(where) or {}
+                if machines.rank == 0 and earlier.get("status") != "failed":
+                    directory.write_result(where, {"status": "failed", "error": str(error).splitlines()[-1]})
+                raise
+            return Outcome(**machines.first(lambda: asdict(_outcome(directory.result(where), stopped))))
+    except UserError:
+        raise
+    except SapwoodError as error:  # a worker, or another machine
+        of_worker = isinstance(error, worker.WorkerFailed)
+        print(error if of_worker else f"error: {error}", file=sys.stderr)
+        return Outcome(REFUSED if of_worker and error.status == REFUSED else worker.FAILED)
+
+
+def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals | None:
+    """The workers of this machine, from start to end. Returns the signal that stopped them, if one did."""
+    from framework.cluster import gang  # torch takes seconds to import; a refusal must not wait for it
+
+    options = run.launch
+    with tempfile.TemporaryDirectory(prefix="sapwood-") as temporary:
         handed = Path(temporary) / "run.json"
         handed.write_text(record.packed(_resumable(run)))
-        print(f"{where}: starting {options.nproc} processes", file=sys.stderr)
-        try:
-            stopped = gang.launch(
-                [sys.executable, *parts.worker, str(handed)],
-                nproc=options.nproc,
-                nnodes=options.nnodes,
-                node_rank=options.node_rank,
-                master_addr=options.master_addr,
-                master_port=options.master_port,
-                run_id=run.identity(),
-                log_dir=where / directory.LOGS,
-                threads=options.threads,
-                grace_s=options.grace_s,
-                timeout_s=options.timeout_s,
-                max_restarts=options.max_restarts,
-            )
-        except gang.WorkerFailed as error:
-            print(error, file=sys.stderr)
-            status = REFUSED if error.status == REFUSED else worker.FAILED
-            if first and (directory.result(where) or {}).get("status") != "failed":
-                directory.write_result(where, {"status": "failed", "error": str(error).splitlines()[-1]})
-            return Outcome(status)
-        return _outcome(directory.result(where), stopped, first)
+        print(f"{run.run_dir}: starting {options.nproc} processes", file=sys.stderr)
+        return gang.launch(
+            [sys.executable, *parts.worker, str(handed)],
+            nproc=options.nproc,
+            log_dir=Path(run.run_dir) / directory.LOGS,
+            machines=machines,
+            run_id=run.identity(),
+            threads=options.threads,
+            grace_s=options.grace_s,
+            timeout_s=options.timeout_s,
+            max_restarts=options.max_restarts,
+        )
 
 
 def begin(run: Run) -> Outcome | None:
@@ -185,7 +209,7 @@ def begin(run: Run) -> Outcome | None:
                 "expected the same ones, to go on with it; type run_dir=OTHER, or leave run_dir out"
             )
     result = directory.result(where)
-    return _outcome(result, None, True) if result is not None and result["status"] == "done" else None
+    return _outcome(result, None) if result is not None and result["status"] == "done" else None
 
 
 def keep(run: Run) -> None:
@@ -233,7 +257,17 @@ def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
         return parts.work(run)
 
 
-def _outcome(result: dict[str, Any] | None, stopped: signal.Signals | None, first: bool) -> Outcome:
+def _same(decisive: dict[str, Any], run: Run) -> None:
+    """Refuse to train something else here than on machine 0."""
+    if changed := directory.differences(decisive, run.decisive()):
+        lines = "\n  ".join(changed)
+        raise ConfigError(
+            f"machine {run.launch.node_rank} was started with other settings than machine 0:\n  {lines}\n"
+            "expected the same command on all machines"
+        )
+
+
+def _outcome(result: dict[str, Any] | None, stopped: signal.Signals | None) -> Outcome:
     """What `result.json` and the signal that ended the workers come to."""
     status = result["status"] if result is not None else None
     if result is not None and status == "done":
@@ -243,8 +277,6 @@ def _outcome(result: dict[str, Any] | None, stopped: signal.Signals | None, firs
     if stopped is not None:
         print(f"ended by {stopped.name} with no checkpoint of this start", file=sys.stderr)
         return Outcome(128 + stopped)
-    if not first:  # the directory is another machine's
-        return Outcome(DONE)
     print("the workers have ended without a result", file=sys.stderr)
     return Outcome(worker.FAILED)
 

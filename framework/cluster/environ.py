@@ -2,8 +2,7 @@
 
 Launchers speak in variables. Two questions are asked of them: is this process already one rank of a
 world (`place`), and if not, is this machine one of several on which the same command was started
-(`node`)? A launcher that speaks another dialect gets its own function and its line in one of the two.
-Imports no torch, so that a refusal is quick.
+(`schedulers.node`)? Imports no torch, so that a refusal is quick.
 """
 
 from __future__ import annotations
@@ -40,24 +39,10 @@ class Place:
             return [f"launch.nproc={self.local_size}"]
         assert self.master_addr is not None
         assert self.master_port is not None
-        here = Node(self.node_rank, nodes, self.master_addr, self.master_port)
-        return [f"launch.nproc={self.local_size}", *here.overrides()]
-
-
-@dataclass(frozen=True)
-class Node:
-    """This machine among those on which the same command was started."""
-
-    rank: int
-    count: int
-    master_addr: str
-    master_port: int
-
-    def overrides(self) -> list[str]:
-        """The same, as settings for a command line."""
         return [
-            f"launch.nnodes={self.count}",
-            f"launch.node_rank={self.rank}",
+            f"launch.nproc={self.local_size}",
+            f"launch.nnodes={nodes}",
+            f"launch.node_rank={self.node_rank}",
             f"launch.master_addr={self.master_addr}",
             f"launch.master_port={self.master_port}",
         ]
@@ -78,33 +63,20 @@ def place(environment: Mapping[str, str]) -> Place | None:
             f"{', '.join(WORKER)}. Start with torchrun or deepspeed, or to start workers here type "
             f"`env {' '.join(f'-u {name}' for name in WORKER)} python launch/train.py ...`"
         )
-    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE", least=1)
-    local_rank = _number(environment, "LOCAL_RANK")
+    rank, world_size = number(environment, "RANK"), number(environment, "WORLD_SIZE", least=1)
+    local_rank = number(environment, "LOCAL_RANK")
     local_size, node_rank = world_size, 0
     for size_name, node_name in (("LOCAL_WORLD_SIZE", "GROUP_RANK"), ("LOCAL_SIZE", "CROSS_RANK")):
         if size_name in environment:  # torchrun and our gang, or deepspeed
-            local_size = _number(environment, size_name, least=1)
+            local_size = number(environment, size_name, least=1)
             named = node_name in environment
-            node_rank = _number(environment, node_name) if named else rank // local_size
+            node_rank = number(environment, node_name) if named else rank // local_size
             break
     for name, value, below in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_size)):
         if value >= below:
             raise ConfigError(f"the environment holds {name}={value}; expected less than {below}")
-    address = _address(environment) if world_size > 1 else (None, None)
-    return Place(rank, world_size, local_rank, local_size, node_rank, _launcher(environment), *address)
-
-
-def node(environment: Mapping[str, str]) -> Node | None:
-    """This machine's place among machines, or None where the environment names only one.
-
-    Raises ConfigError when a variable is missing or wrong.
-    """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment or "LOCAL_RANK" in environment:
-        return None
-    rank, count = _number(environment, "RANK"), _number(environment, "WORLD_SIZE", least=1)
-    if rank >= count:
-        raise ConfigError(f"the environment holds RANK={rank}; expected less than WORLD_SIZE={count}")
-    return Node(rank, count, *_address(environment)) if count > 1 else None
+    where = address(environment) if world_size > 1 else (None, None)
+    return Place(rank, world_size, local_rank, local_size, node_rank, _launcher(environment), *where)
 
 
 def strip_launcher_arguments(arguments: Sequence[str]) -> list[str]:
@@ -130,17 +102,19 @@ def _launcher(environment: Mapping[str, str]) -> str:
     return "deepspeed" if "CROSS_RANK" in environment else "environment"
 
 
-def _address(environment: Mapping[str, str]) -> tuple[str, int]:
+def address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT. Raises ConfigError where one is missing."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(
             f"the environment holds WORLD_SIZE={environment['WORLD_SIZE']} but not {' and '.join(missing)}, "
             "so the ranks cannot find each other; set MASTER_ADDR=HOST_OF_RANK_0 MASTER_PORT=29500"
         )
-    return environment["MASTER_ADDR"], _number(environment, "MASTER_PORT", least=1)
+    return environment["MASTER_ADDR"], number(environment, "MASTER_PORT", least=1)
 
 
-def _number(environment: Mapping[str, str], name: str, *, least: int = 0) -> int:
+def number(environment: Mapping[str, str], name: str, *, least: int = 0) -> int:
+    """A variable that holds a whole number of at least `least`. Raises ConfigError naming it."""
     text = environment[name]
     if not (text.isascii() and text.isdigit()) or int(text) < least:
         raise ConfigError(f"the environment holds {name}={text!r}; expected a whole number from {least} on")

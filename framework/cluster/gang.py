@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,12 +27,13 @@ from torch.distributed.elastic.agent.server import Worker, WorkerGroup, WorkerSp
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from framework.cluster import environ, orphans
+from framework.cluster.machines import Alone, Machines
 from framework.cluster.output import Output
-from framework.errors import REFUSED, SapwoodError
+from framework.cluster.worker import WorkerFailed
+from framework.errors import REFUSED
 from framework.strategy.world import host_store
 
 LOOPBACK = "127.0.0.1"
@@ -41,24 +43,12 @@ FAILURE_GRACE_S = 5.0  # for the other ranks, once one has failed: there is noth
 SHORT = 20  # lines of a traceback that are shown; the log holds all
 
 
-class WorkerFailed(SapwoodError):
-    """A rank failed. The message names it, its log and what it said; `status` is its exit status."""
-
-    def __init__(self, message: str, *, rank: int, status: int) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.status = status  # -N for a rank that was ended by signal N
-
-
 def launch(
     command: Sequence[str],
     *,
     nproc: int,
     log_dir: Path,
-    nnodes: int = 1,
-    node_rank: int = 0,
-    master_addr: str | None = None,
-    master_port: int | None = None,
+    machines: Machines | Alone | None = None,
     run_id: str = "sapwood",
     threads: int | None = None,
     grace_s: float = 60.0,
@@ -69,10 +59,9 @@ def launch(
     """Run `command` in `nproc` processes on this machine and wait until all have left.
 
     The processes find RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the rest as torchrun sets them,
-    and `environment` besides. On several machines each calls this with its own `node_rank` and the
-    same `master_addr`, `master_port` (of machine 0) and `run_id`; on one, a free port on loopback is
-    taken. OMP_NUM_THREADS becomes `threads`; when that is None it keeps the value it has, or becomes
-    the cores of this machine divided by `nproc`. Ranks log to `log_dir`/rank-N.log.
+    and `environment` besides. On several `machines` each calls this with the same `run_id`; on one, a
+    free port on loopback is taken. OMP_NUM_THREADS becomes `threads`; when that is None it keeps the value
+    it has, or becomes the cores of this machine divided by `nproc`. Ranks log to `log_dir`/rank-N.log.
 
     A first SIGINT, SIGTERM or SIGHUP goes on to the workers, which have `grace_s` seconds to save and
     leave; a second one ends them at once. SIGUSR1 and SIGUSR2 go on to the workers. Returns the signal
@@ -80,6 +69,7 @@ def launch(
 
     After a failure the gang is started again up to `max_restarts` times, `timeout_s` bounding the wait
     for other machines; then WorkerFailed is raised. A refusal (status 2) or a stop is never retried.
+    Raises MachineLost, with the workers ended, where another machine failed or is not heard of any more.
     """
     word = uuid.uuid4().hex
     variables = {environ.GANG: word, "PYTHONUNBUFFERED": "1", **(environment or {})}
@@ -90,9 +80,8 @@ def launch(
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = False
 
-    rendezvous = _Rendezvous(
-        master_addr or LOOPBACK, master_port or 0, node_rank, nnodes, run_id, int(timeout_s)
-    )
+    machines = machines or Alone()
+    rendezvous = _Rendezvous(machines, run_id, int(timeout_s))
     spec = WorkerSpec(
         role="rank",
         local_world_size=nproc,
@@ -108,7 +97,7 @@ def launch(
     )
     with tempfile.TemporaryDirectory(prefix="sapwood-") as failures:
         output = Output(log_dir, Path(failures), variables)
-        agent = Agent(spec, output, mark=mark, grace_s=grace_s)
+        agent = Agent(spec, output, machines, mark=mark, grace_s=grace_s)
         handlers = {number: signal.getsignal(number) for number in (*STOP, *FORWARD, signal.SIGWINCH)}
         try:
             result = agent.run()
@@ -155,8 +144,11 @@ class Failure:
 class Agent(LocalElasticAgent):
     """Elastic's agent of one machine, with our manners when a gang is stopped or fails."""
 
-    def __init__(self, spec: WorkerSpec, output: Output, *, mark: str, grace_s: float) -> None:
+    def __init__(
+        self, spec: WorkerSpec, output: Output, machines: Machines | Alone, *, mark: str, grace_s: float
+    ) -> None:
         super().__init__(spec, logs_specs=output)
+        self._machines = machines
         self.stopped_by: signal.Signals | None = None
         self.failure: Failure | None = None  # the first of the last attempt
         self._output = output
@@ -191,7 +183,16 @@ class Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
             if self._remaining_restarts > 0:
                 print(f"{self.failure.report()}\nstarting all ranks again", file=sys.stderr)
+            else:
+                if missing := self._machines.silent():
+                    print(missing, file=sys.stderr)
+                self._machines.fail(self.failure.report())
+        if self.failure is None:
+            self._machines.check()  # else this machine has enough of its own to tell
         return super()._monitor_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """Nothing: the launchers agree on how a run has ended, and wait for one another then."""
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Called when the workers have left, or failed, or when there is nothing yet to save."""
@@ -245,11 +246,10 @@ class Agent(LocalElasticAgent):
 class _Rendezvous(StaticTCPRendezvous):
     """Machines that know each other's ranks, met in a store that listens on one address only."""
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        if self.rank == 0 and self._store is None:
-            store = host_store(self.master_addr, self.master_port, timeout=self.timeout)
-            self._store, self.master_port = store, store.port
-        return super().next_rendezvous()
+    def __init__(self, machines: Machines | Alone, run_id: str, timeout_s: int) -> None:
+        store = machines.store or host_store(LOOPBACK, 0, timeout=timedelta(seconds=timeout_s))
+        super().__init__(store.host, store.port, machines.rank, machines.count, run_id, timeout_s)
+        self._store = store
 
 
 def _ended(worker: Worker) -> int | None:

@@ -28,6 +28,15 @@ class RefusedElsewhere(UserError):
     """Another rank refused and has said why; this one only follows it out."""
 
 
+class WorkerFailed(SapwoodError):
+    """A rank failed. The message names it, its log and what it said; `status` is its exit status."""
+
+    def __init__(self, message: str, *, rank: int, status: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.status = status  # -N for a rank that was ended by signal N
+
+
 def run(work: Callable[[], int]) -> NoReturn:
     """End the process with the status that `work` returns, or with the one its exception calls for.
 

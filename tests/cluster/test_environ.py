@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from framework.cluster import environ
-from framework.cluster.environ import Node, Place
+from framework.cluster.environ import Place
 from framework.cluster.signals import StopRequest
 from framework.errors import ConfigError
 
@@ -52,26 +52,6 @@ def test_place(variables, expected):
 def test_place_refuses_by_name(variables, named):
     with pytest.raises(ConfigError, match=named):
         environ.place(variables)
-
-
-def test_node_is_a_machine_of_several():
-    """RANK and WORLD_SIZE without LOCAL_RANK count machines, as on the pods of a PyTorchJob."""
-    pod = {"RANK": "1", "WORLD_SIZE": "4", **HERE}
-    found = environ.node(pod)
-    assert found == Node(1, 4, "10.0.0.1", 29500)
-    assert found.overrides() == [
-        "launch.nnodes=4",
-        "launch.node_rank=1",
-        "launch.master_addr=10.0.0.1",
-        "launch.master_port=29500",
-    ]
-    assert environ.node({}) is None
-    assert environ.node(RANK_5) is None
-    assert environ.node({"RANK": "0", "WORLD_SIZE": "1"}) is None
-    with pytest.raises(ConfigError, match="not MASTER_PORT"):
-        environ.node({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"})
-    with pytest.raises(ConfigError, match="RANK=4; expected less than WORLD_SIZE=4"):
-        environ.node(pod | {"RANK": "4"})
 
 
 def test_a_place_tells_the_world_it_found():
