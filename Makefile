@@ -3,10 +3,12 @@
 # make test       run the tests
 # make check      format, lint, check types
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
-# constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place.
+# constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place, JOBS=... how many
+# test files run at a time.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt
 # pip's own lines, cut down to the names: something moves while a minute of downloads goes by.
 NAMES = awk '/^Collecting/ { sub(/[^A-Za-z0-9_.-].*/, "", $$2); printf "%s%s", n++ % 8 ? " " : "  ", $$2; \
@@ -31,7 +33,7 @@ demo-rlhf: $(STAMPS)/demo
 	@$(VENV)/bin/python launch/pipeline.py experiment=rlhf_demo $(ARGS)
 
 test: $(STAMPS)/test
-	@$(VENV)/bin/python -m pytest -m "not multihost" $(ARGS)
+	@$(VENV)/bin/python -m pytest -m "not multihost" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Where CI is set nothing is rewritten: a file that is not formatted fails.
 check: $(STAMPS)/check
