@@ -74,6 +74,8 @@ class Model(Node):
     init: Literal["pretrained", "random"]
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
     activation_checkpointing: Literal["none", "selective", "full"]
+    activation_offload: bool
+    compile: Literal["none", "blocks"]
     head_chunk_tokens: Positive
     neftune_alpha: Annotated[float, Field(gt=0)] | None
     chat_template: Text | None

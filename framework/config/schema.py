@@ -111,6 +111,13 @@ class Run(Node):
                 "no noise",
                 "model.neftune_alpha=null",
             )
+        if self.model.compile != "none" and self.strategy.name == "zero3":
+            raise refuse(
+                "model.compile, strategy",
+                "compiled blocks under strategy=zero3, whose hooks on every layer leave nothing to compile",
+                "another strategy, or no compiler",
+                "strategy=fsdp or model.compile=none",
+            )
         rate = getattr(self.adapter, "dropout", 0.0)
         if rate > 0 and self.stage.name != "sft":
             # noise in one of two passes over an answer would be taken for a preference
@@ -222,6 +229,8 @@ INCIDENTAL = (
     "trusted_packages",
     "model.attention",
     "model.activation_checkpointing",
+    "model.activation_offload",
+    "model.compile",
     "model.head_chunk_tokens",
     "data.eval",
     "data.packing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from framework.config import strategy as kinds
+from framework.config.blocks import blocks_of
 from framework.config.schema import Run
 from framework.strategy.base import Strategy, World
 
@@ -12,10 +13,7 @@ from framework.strategy.base import Strategy, World
 def build_strategy(run: Run, world: World) -> Strategy:
     """How the model is spread. Each strategy's libraries are imported only when it is chosen."""
     chosen = run.strategy
-    common: dict[str, Any] = {
-        "precision": run.precision,
-        "checkpointing": run.model.activation_checkpointing,
-    }
+    common: dict[str, Any] = {"precision": run.precision, "blocks": blocks_of(run, world.device)}
     match chosen:
         case kinds.Ddp():
             from framework.strategy.ddp import Ddp

@@ -131,9 +131,7 @@ def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int
     tracker.log("samples", {"rows": rows}, step=step)
 
 
-def summary(
-    prepared: Prepared, result: Result, retained: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def summary(prepared: Prepared, result: Result, retained: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`result.json`: how the run ended, in numbers and paths."""
     run, progress = prepared.run, result.progress
     where, metric = Path(run.run_dir), build.plan(prepared).metric

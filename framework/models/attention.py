@@ -132,6 +132,7 @@ def _flash_installed(name: str) -> bool:
 def _segmented(kind: str) -> Any:
     """The attention function of one implementation, in the form that transformers calls."""
 
+    @torch.compiler.disable  # how rows are cut changes with every micro-batch; blocks are compiled around it
     def attention(
         module: nn.Module,
         query: Tensor,  # [R, H, T, D]

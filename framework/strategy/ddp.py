@@ -22,25 +22,25 @@ from framework.strategy.base import Build, EngineState, OptimizerFactory, Read, 
 from framework.strategy.buckets import Buckets
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.frozen import Frozen, put_whole
-from framework.strategy.memory import checkpoint_blocks
+from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
 
 
 @dataclass(frozen=True)
 class Ddp:
     """A copy of the model on every rank of `world`; with one rank, plain training.
 
-    `precision` is "fp32" or "bf16"; `checkpointing` is "none", "selective" or "full". Bytes per
-    trained parameter on each rank: 16 in fp32 (weight, gradient, two moments), 18 in bf16.
+    `precision` is "fp32" or "bf16"; `blocks` says how blocks are computed. Bytes per trained parameter
+    on each rank: 16 in fp32 (weight, gradient, two moments), 18 in bf16.
     """
 
     world: World
     precision: str = "bf16"
-    checkpointing: str = "none"
+    blocks: Blocks = PLAIN
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> DdpEngine:
         module = common.build_on_meta(build, self.world.device)
         masters = _fill(self.world, module, weights, COMPUTE[self.precision])
-        checkpoint_blocks(module, self.checkpointing)
+        prepare_blocks(module, self.blocks)
         return DdpEngine(self.world, module.train(), masters, optimizer)
 
     def freeze(self, build: Build, weights: Weights) -> Frozen:

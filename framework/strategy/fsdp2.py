@@ -38,7 +38,7 @@ from framework.strategy.base import (
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
 from framework.strategy.frozen import Frozen
-from framework.strategy.memory import checkpoint_blocks
+from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
 from framework.strategy.mesh import Mesh, mesh_of, ranks_of_a_host
 
 
@@ -46,7 +46,7 @@ from framework.strategy.mesh import Mesh, mesh_of, ranks_of_a_host
 class Fsdp:
     """Parameters, gradients and moments sharded over ranks of `world`, by rows.
 
-    `precision` is "fp32" or "bf16"; `checkpointing` is "none", "selective" or "full".
+    `precision` is "fp32" or "bf16"; `blocks` says how blocks are computed.
     `reshard_after_forward` true spends least memory: a block's weights are dropped after its forward
     pass, and its gradients are reduced after every micro-batch. False spends least communication:
     weights stay gathered from the first micro-batch of a step to the last, and gradients are kept
@@ -61,15 +61,15 @@ class Fsdp:
 
     world: World
     precision: str = "bf16"
-    checkpointing: str = "none"
+    blocks: Blocks = PLAIN
     reshard_after_forward: bool = True
     shards: int | Literal["host"] | None = None
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         if self.world.size == 1:
-            return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
+            return Ddp(self.world, self.precision, self.blocks).train(build, weights, optimizer)
         module = common.build_on_meta(build, self.world.device)
-        checkpoint_blocks(module, self.checkpointing)
+        prepare_blocks(module, self.blocks)
         mesh = self._mesh()
         # the backward pass begins with the head: dropping it after the forward pass would be for nothing
         self._shard(module, mesh, drop_blocks=self.reshard_after_forward, drop_rest=False)

@@ -1,14 +1,15 @@
-"""Activation checkpointing: what a block's forward pass keeps for its backward pass.
+"""What a block's forward pass keeps for its backward pass, where it keeps it, and what is compiled.
 
-It wraps the *forward* of blocks of `model.blocks()`, not the block: parameter names stay as they are,
-and the hooks by which FSDP2 and ZeRO-3 gather weights run outside, once, and not again when the block
-is computed a second time.
+Everything here wraps the *forward* of blocks of `model.blocks()`, not the block: parameter names stay as
+they are, and the hooks by which FSDP2 and ZeRO-3 gather weights run outside, once, and not again when the
+block is computed a second time.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from framework.strategy.base import Shardable
+from framework.strategy.compiled import compile_block
 from framework.strategy.lean import make_lean
+from framework.strategy.offload import offload_block
 
 EVERY = {"full": 1, "selective": 2}
 """Of how many blocks one is checkpointed.
@@ -29,18 +32,45 @@ attention kernel to be known by name. Blocks work with all of them. Not measured
 """
 
 
-def checkpoint_blocks(model: nn.Module, kind: str) -> None:
-    """Make blocks of `model` keep only their inputs and compute again in the backward pass.
+@dataclass(frozen=True)
+class Blocks:
+    """How blocks are computed.
 
-    `kind` is "none", "selective" (every other block) or "full" (all). Blocks that keep their products
-    drop at least what is cheap to compute again (`lean`). Gradients are the same to the
-    bit, dropout included: the generators' states are put back for the second computation.
+    `checkpointing` is "none", "selective" (every other block keeps only its inputs and is computed again
+    in the backward pass) or "full" (all do). `offload` moves what blocks keep to the CPU's memory until the
+    backward pass asks for it. `compiled` lets torch compile each block.
+    """
+
+    checkpointing: str = "none"
+    offload: bool = False
+    compiled: bool = False
+
+    def checkpoints(self, number: int) -> bool:
+        """Whether block `number` is computed again."""
+        return self.checkpointing != "none" and number % EVERY[self.checkpointing] == 0
+
+
+PLAIN = Blocks()
+
+
+def prepare_blocks(model: nn.Module, how: Blocks) -> None:
+    """Make the blocks of `model` compute as `how` says.
+
+    Checkpointing and offloading change no bit of a gradient, dropout included: the generators' states are
+    put back for the second computation. Compiled blocks round in another order, and draw other dropout.
+    Blocks that keep their products here, uncompiled, drop at least what is cheap to compute again (`lean`):
+    a compiler does so by itself, and what is moved away needs no second saving.
     """
     for number, block in enumerate(cast(Shardable, model).blocks()):
-        if kind != "none" and number % EVERY[kind] == 0:
+        again = how.checkpoints(number)
+        if not (again or how.compiled or how.offload):
+            make_lean(block)
+        if how.compiled:
+            compile_block(block)
+        if again:
             block.forward = _checkpointed(block.forward)
-        else:
-            make_lean(block)  # what a checkpointed block drops as a whole needs no second saving
+        if how.offload:
+            offload_block(block)  # outermost: it moves what a checkpointed block keeps, its input
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

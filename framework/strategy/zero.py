@@ -38,7 +38,7 @@ from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
 from framework.strategy.frozen import Frozen
 from framework.strategy.linear import keeping_parameters
-from framework.strategy.memory import checkpoint_blocks
+from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Zero:
     """ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) by DeepSpeed, over all ranks of `world`.
 
     `stage` shards moments and masters (1), gradients too (2), weights too (3). `precision` is "fp32"
-    or "bf16"; `checkpointing` is "none", "selective" or "full". Every parameter that is trained must
-    take part in every micro-batch on all ranks or on none.
+    or "bf16"; `blocks` says how blocks are computed. Every parameter that is trained must take part in
+    every micro-batch on all ranks or on none.
 
     One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
     `train` raises ConfigError when DeepSpeed is missing or too old.
@@ -56,11 +56,11 @@ class Zero:
     world: World
     stage: int = 3
     precision: str = "bf16"
-    checkpointing: str = "none"
+    blocks: Blocks = PLAIN
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
         if self.world.size == 1:
-            return Ddp(self.world, self.precision, self.checkpointing).train(build, weights, optimizer)
+            return Ddp(self.world, self.precision, self.blocks).train(build, weights, optimizer)
         deepspeed, module, masters = self._spread(build, weights, train=True)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
@@ -88,7 +88,7 @@ class Zero:
         config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
         module = common.build_on_meta(build, self.world.device)
         if train:
-            checkpoint_blocks(module, self.checkpointing)
+            prepare_blocks(module, self.blocks)
         else:
             module.requires_grad_(False)
         with zero_setup.silent():

@@ -88,6 +88,7 @@ MISTAKES = [
         "batch.sequences=7 launch.nproc=4 launch.nnodes=2 launch.master_addr=h launch.master_port=1",
         "7 examples a step for 8 ranks",
     ),
+    ("model.compile=blocks strategy=zero3", "type strategy=fsdp or model.compile=none"),
     ("launch.nnodes=2", "type launch.master_addr=HOST launch.master_port=29500"),
     ("launch.node_rank=3", "machine 3 of 1"),
     ("replay.fraction=0.1", "a share of 0.1 of no data"),

@@ -28,6 +28,7 @@ def plain():
         ["strategy=fsdp"],
         ["batch.tokens_per_micro=4096"],
         ["model.activation_checkpointing=full"],
+        ["model.activation_offload=true", "model.compile=blocks"],
         ["checkpoint.every=7"],
         ["evaluate.at_start=false"],
         ["data.eval=[{path: held.jsonl}]"],

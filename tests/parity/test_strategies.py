@@ -103,6 +103,18 @@ def test_recomputed_activations_give_the_same_gradient(
     assert largest_difference(recipes.whole(ranks), expected["gradient"]) < 1e-5
 
 
+@pytest.mark.slow  # a C++ compiler runs
+@pytest.mark.parametrize(("strategy", "adapter"), [("ddp", "lora"), ("fsdp", "full")])
+def test_compiled_blocks_give_the_same_gradient(strategy, adapter, data, references, tiny_model_dir):
+    expected = references(adapter)
+    arguments = recipes.overrides(
+        tiny_model_dir, data, data.parent, adapter=adapter, strategy=strategy, model__compile="blocks"
+    )
+    ranks = workers.run(2, recipes.train, arguments, steps=2, timeout_s=600)
+    assert ranks[0]["losses"] == pytest.approx(expected["losses"][:2], rel=1e-5)
+    assert largest_difference(recipes.whole(ranks), expected["gradient"]) < 1e-5
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16_stays_near_fp32(strategy, data, references, tiny_model_dir):
     """The stated bound of bf16 (8 bits of mantissa) on this model: 2 % of the loss over 20 steps."""

@@ -6,6 +6,8 @@ import torch
 import toy
 import workers
 
+from framework.strategy.memory import Blocks
+
 
 def goes_through(world, name):
     """Three updates without a stop; the state after two and after three."""
@@ -88,7 +90,7 @@ RESUMED = [(name, 2, *kind) for name in ("ddp", "fsdp") for kind in KINDS] + [("
 
 @pytest.mark.parametrize(("name", "size", "checkpointing", "precision"), RESUMED)
 def test_resume_is_bitwise_with_dropout_and_state_is_a_snapshot(name, size, checkpointing, precision):
-    options = {"precision": precision, "checkpointing": checkpointing}
+    options = {"precision": precision, "blocks": Blocks(checkpointing)}
     for calm, fresh in workers.run(size, resumes, name, options):
         assert calm == fresh
 

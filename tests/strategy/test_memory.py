@@ -5,7 +5,7 @@ import torch
 import toy
 import workers
 
-from framework.strategy.memory import checkpoint_blocks
+from framework.strategy.memory import Blocks, prepare_blocks
 
 
 def gradients(kind, *, dropout=0.3):
@@ -18,7 +18,7 @@ def gradients(kind, *, dropout=0.3):
         block.forward = lambda *a, inner=inner, number=number, **k: (forwards.append(number), inner(*a, **k))[
             1
         ]
-    checkpoint_blocks(model, kind)
+    prepare_blocks(model, Blocks(kind))
     batch = toy.pad(toy.examples(0))
     kept = []
 
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_to_the_bit_with_dropout(kind, again):
 
 def test_evaluation_is_not_checkpointed_and_a_cache_is_refused():
     model = toy.Toy()
-    checkpoint_blocks(model, "full")
+    prepare_blocks(model, Blocks("full"))
     with torch.no_grad():
         assert not model(toy.pad(toy.examples(0))).losses.requires_grad
     with pytest.raises(ValueError, match="use_cache=False"):
@@ -57,7 +57,8 @@ def test_evaluation_is_not_checkpointed_and_a_cache_is_refused():
 
 
 def trains(world, name, checkpointing, options):
-    engine = toy.start(world, name, dropout=0.3, precision="fp32", checkpointing=checkpointing, **options)
+    options = {"blocks": Blocks(checkpointing), **options}
+    engine = toy.start(world, name, dropout=0.3, precision="fp32", **options)
     return toy.advance(engine, range(2), count=2), str(toy.portable(engine.state_dict()))
 
 

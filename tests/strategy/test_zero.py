@@ -26,7 +26,9 @@ from zero_worlds import (
 )
 
 from framework.errors import ConfigError
+from framework.strategy import offload
 from framework.strategy.linear import Linear
+from framework.strategy.memory import Blocks
 from framework.strategy.world import Group, connect
 from framework.strategy.zero import Zero
 from framework.strategy.zero_setup import deepspeed_config
@@ -34,21 +36,23 @@ from framework.strategy.zero_setup import deepspeed_config
 torch.set_num_threads(1)
 
 
-def make(world, stage, *, precision="fp32", seed=0, checkpointing="none", **options):
+def make(world, stage, *, precision="fp32", seed=0, blocks=Blocks(), **options):
     settle()
+    if blocks.offload:
+        offload.LEAST_BYTES = 0  # everything here is small
     reference = tiny(seed, **options)
-    strategy = Zero(world, stage=stage, precision=precision, checkpointing=checkpointing)
+    strategy = Zero(world, stage=stage, precision=precision, blocks=blocks)
     return strategy.train(lambda: Tiny(**options), values_of(reference), adamw)
 
 
 # --- gradients -----------------------------------------------------------------------------------
 
 
-def first_updates(world, stage, cuts, clip, checkpointing, options):
+def first_updates(world, stage, cuts, clip, blocks, options):
     """Of one update per cut: the norm, the losses, this rank's state."""
     answers = []
     for micros in cuts:
-        engine = make(world, stage, checkpointing=checkpointing, **options)
+        engine = make(world, stage, blocks=blocks, **options)
         norms, losses = train(engine, [cut(world.size, micros)], lr=1.0, clip=clip)
         answers.append((norms[0], losses[0], engine.state_dict()))
     return answers
@@ -61,7 +65,7 @@ def test_gradients_and_update_equal_one_process(size, stage, options):
     reference = tiny(**options)
     norms, losses, gradients = train_one_process(reference, [cut(1, 1)], lr=1.0, clip=None)
     cuts = (1, 3) if stage == 3 and size < 4 else (2,)
-    ranks = workers.run(size, first_updates, stage, cuts, None, "none", options)
+    ranks = workers.run(size, first_updates, stage, cuts, None, Blocks(), options)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for number in range(len(cuts)):
         for norm, loss, _ in (rank[number] for rank in ranks):
@@ -80,16 +84,19 @@ def test_norm_is_before_clipping_and_the_update_after(stage):
     reference = tiny()
     norms, _, gradients = train_one_process(reference, [cut(1, 1)], lr=1.0, clip=0.25)
     assert norms[0] > 1, "the case must clip"
-    ranks = workers.run(2, first_updates, stage, (2,), 0.25, "none", {})
+    ranks = workers.run(2, first_updates, stage, (2,), 0.25, Blocks(), {})
     assert [rank[0][0] for rank in ranks] == pytest.approx(norms * 2, rel=1e-5)
     for name, moment in whole([rank[0][2] for rank in ranks], "exp_avg").items():
         assert torch.allclose(moment * 10, gradients[name], rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
+KEEPING = [Blocks("selective"), Blocks("full"), Blocks(offload=True), Blocks("full", offload=True)]
+
+
+@pytest.mark.parametrize("kept", KEEPING, ids=["selective", "full", "offload", "full-offload"])
 @pytest.mark.parametrize("options", [{}, {"adapter": True}], ids=["full", "lora"])
-def test_activation_checkpointing_changes_no_gradient(kind, options):
-    plain, kept = (workers.run(2, first_updates, 3, (2,), None, how, options) for how in ("none", kind))
+def test_how_activations_are_kept_changes_no_gradient(kept, options):
+    plain, kept = (workers.run(2, first_updates, 3, (2,), None, how, options) for how in (Blocks(), kept))
     for (left,), (right,) in zip(plain, kept, strict=True):
         assert left[:2] == right[:2]
         for name, shards in left[2].shards.items():

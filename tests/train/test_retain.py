@@ -50,7 +50,8 @@ def test_the_interval_covers_the_truth_in_95_of_100_probes():
 
 
 @pytest.mark.parametrize(
-    ("freedom", "exact"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (23, 2.06866)]
+    ("freedom", "exact"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (23, 2.06866)],
 )
 def test_students_quantile(freedom, exact):
     assert quantile(freedom) == pytest.approx(exact, rel=1e-3)
