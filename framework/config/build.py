@@ -29,7 +29,7 @@ from framework.data.tokenise import Progress
 from framework.errors import ConfigError
 from framework.losses.inputs import inputs
 from framework.losses.items import Items
-from framework.models import actor_critic, load
+from framework.models import actor_critic, answering, load
 from framework.strategy.base import Build, Engine, Frozen, Weights, World
 from framework.train.checkpoint import Checkpointer
 from framework.train.optim import adamw
@@ -112,7 +112,7 @@ def inspect(run: Run) -> Inspected:
         critic = critic or load.inspect(run.model.path, head="score", **own)
         actor_critic.check(description, critic)
     if stage.name in ONLINE and run.reward.model is not None:
-        judge = load.inspect(run.reward.model, head="score")
+        judge = answering.inspect_scorer(run.reward.model)
         _same_words(description, judge, "reward.model")
     if (path := getattr(stage, "reference_path", None)) is not None:
         reference = load.inspect(path)

@@ -1,7 +1,7 @@
-"""Models side by side on questions nobody trained on: how often right, how far apart, what was forgotten.
+"""Models side by side on questions nobody trained on: how often right, how liked, what was forgotten.
 
 A step of a pipeline. It reads models as anybody would load them, one at a time beside the one they are
-compared with. Letters: T tokens, V vocabulary.
+compared with and the one that judges. Letters: N questions, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from framework.errors import ConfigError
 from framework.keyed import key
 from framework.models import answering
 from framework.rollout.hf import generate
-
-Z = 1.959964  # of a 95 % interval of the normal law
+from framework.rollout.intervals import share, win_rate
 
 
 def models(
@@ -34,6 +33,7 @@ def models(
     against: str,
     held_out: str,
     general: str | None = None,
+    judge: str | None = None,
     max_new_tokens: int = 32,
     kl_questions: int = 64,
     shown: int = 4,
@@ -41,33 +41,49 @@ def models(
 ) -> dict[str, Any]:
     """Each of `models` (name: path) on the task rows of `held_out`, and beside the one called `against`.
 
-    accuracy: share of greedy answers that the verifier calls exactly right and that ended by themselves,
-    with Wilson's interval. win_rate: share of questions where only this model is right, plus half of those
-    where both or neither is; the normal interval of the paired mean. kl: nats a token from `against`, the
-    mean over the tokens of answers that this model samples to the first `kl_questions` of the whole
-    sum over V of p (log p - log q), temperature 1. general_loss: nats a token of the answers in `general`.
-    length: tokens of a greedy answer. Raises ConfigError, DataError, ModelError.
+    accuracy: share of greedy answers that the verifier calls exactly right and that ended by themselves.
+    win_rate: share of questions where only this model is right, plus half of those where both or neither is.
+    reward: mean score of the greedy answers, as they stand, by the reward model `judge`; judged_win_rate:
+    share of questions where it scores this model's answer higher, ties half; NaN is left out of both. Shares
+    come with their intervals (`rollout.intervals`). kl: nats a token from `against`, the mean over the tokens
+    of answers that this model samples to the first `kl_questions` of the whole sum over V of
+    p (log p - log q), temperature 1. general_loss: nats a token of the answers in `general`. length: tokens
+    of a greedy answer. Raises ConfigError, DataError, ModelError.
     """
     if against not in models:
         raise ConfigError(f"against: found {against}; expected one of models: {', '.join(models)}")
+    scorer: Any = None
+    if judge is not None:
+        scorer, words = answering.load_scorer(judge, dtype=torch.bfloat16)
     rows = tasks.read(Path(held_out))
     questions = tasks.questions(rows)
     samples: list[dict[str, str]] = [
         {"prompt": row["question"], "reference": row["answer"]} for row in rows[:shown]
     ]
     measured: dict[str, dict[str, Any]] = {}
-    right: dict[str, list[bool]] = {}
+    right: dict[str, Tensor] = {}  # [N] fp64, 1 or 0
+    liked: dict[str, Tensor] = {}  # [N] fp64
     reference, _ = answering.load(models[against], dtype=torch.bfloat16)
     for name, path in models.items():
         lm, tokenizer = answering.load(path, dtype=torch.bfloat16)
+        if scorer is not None and tokenizer.get_vocab() != words.get_vocab():
+            raise ConfigError(
+                f"judge: {judge} has another vocabulary than {name}, whose answers it would have to read; "
+                "expected a reward model of the same family"
+            )
+        asked = [_ids(tokenizer, question) for question in questions]
         answers = generate(lm, tokenizer, questions, max_new_tokens=max_new_tokens)
-        right[name] = [bool(verdict(answer, row)) for answer, row in zip(answers, rows, strict=True)]
+        verdicts = [bool(verdict(answer, row)) for answer, row in zip(answers, rows, strict=True)]
+        right[name] = torch.tensor(verdicts, dtype=torch.float64)
         for sample, answer in zip(samples, answers, strict=False):
             sample[name] = answer.text
         measured[name] = {
-            "accuracy": wilson(sum(right[name]), len(rows)),
+            "accuracy": list(share(sum(verdicts), len(rows) - sum(verdicts))),
             "length": sum(len(answer.ids) for answer in answers) / len(answers),
         }
+        if scorer is not None:
+            liked[name] = _scores(scorer, asked, [answer.ids for answer in answers])
+            measured[name] |= _known("reward", float(liked[name].nanmean()))
         if name != against:
             drawn = generate(
                 lm,
@@ -77,34 +93,24 @@ def models(
                 temperature=1.0,
                 seed=key(seed, "kl"),
             )
-            asked = [_ids(tokenizer, question) for question in questions[:kl_questions]]
-            measured[name]["kl"] = _distance(lm, reference, asked, [answer.ids for answer in drawn])
+            told = [answer.ids for answer in drawn]
+            measured[name]["kl"] = _distance(lm, reference, asked[:kl_questions], told)
         if general is not None:
             (table,) = tokenised(
                 [Source(general)], tokenizer=tokenizer, max_length=2048, cache_dir=directory / "cache"
             )
             measured[name]["general_loss"] = loss(lm, table)
     for name in measured:
-        if name != against:
-            measured[name]["win_rate"] = win_rate(right[name], right[against])
+        for measure, scores in (("win_rate", right), ("judged_win_rate", liked)):
+            if name != against and scores:
+                measured[name] |= _known(measure, *win_rate(scores[name], scores[against]))
     facts = {"questions": len(rows)}
     return {"measured": measured, "against": against, "samples": samples, "facts": facts}
 
 
-def wilson(successes: int, trials: int) -> list[float]:
-    """[share, low, high]: Wilson's 95 % interval (1927) of a binomial share, honest near 0 and 1."""
-    share, spread = successes / trials, Z * Z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return [share, max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def win_rate(ours: Sequence[bool], theirs: Sequence[bool]) -> list[float]:
-    """[rate, low, high]: wins count 1, ties half, over paired questions; 95 % interval of their mean."""
-    points = torch.tensor([0.5 + (a - b) / 2 for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
-    rate = float(points.mean())
-    half = Z * float(points.std(correction=0)) / math.sqrt(len(points))
-    return [rate, max(0.0, rate - half), min(1.0, rate + half)]
+def _known(measure: str, value: float, *interval: float) -> dict[str, Any]:
+    """A measure as it is written, and nothing where it has no value."""
+    return {} if math.isnan(value) else {measure: [value, *interval] if interval else value}
 
 
 @torch.inference_mode()
@@ -118,6 +124,22 @@ def loss(lm: Any, table: Table) -> float:
         total -= float(logps.gather(1, ids[targets, None].to(logps.device).long()).sum())
         count += len(targets)
     return total / count
+
+
+@torch.inference_mode()
+def _scores(scorer: Any, prompts: Sequence[list[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+    """[N] fp64: what the reward model says at the last token of each answer.
+
+    Transformers' own pooling looks for the last token that is not padding, which for many models is the one
+    that ends an answer.
+    """
+    body, head = scorer.base_model, scorer.score.weight[0].float()
+    scores = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([[*prompt, *answer]], device=scorer.device)
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        scores.append(float(hidden.float() @ head))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def _distance(

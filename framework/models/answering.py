@@ -1,6 +1,6 @@
-"""A model on disk, ready to answer: a directory as `export` writes it, an adapter, a hub id, a GGUF file.
+"""A model on disk, ready to answer or to judge answers, for one process and one device; nothing here trains.
 
-For one process and one device; nothing here trains.
+A directory as `export` writes it, an adapter, a hub id or a GGUF file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from framework.errors import ModelError
 from framework.models import adapters
 from framework.models import load as models
 
@@ -35,3 +36,26 @@ def load(
         if adapter.is_file():
             lm = adapters.reload(lm, Path(path))
     return lm.to(where).eval(), description.tokenizer
+
+
+def load_scorer(path: str, *, device: str = "auto", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The reward model at `path`, transformers' classifier of one label, and its tokenizer; see `load`."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    description = inspect_scorer(path)
+    with models.quiet():
+        lm = models.load(description, dtype=dtype or (torch.bfloat16 if where.type == "cuda" else None))
+        lm.set_attn_implementation("sdpa" if lm._supports_sdpa else "eager")
+    return lm.to(where).eval(), description.tokenizer
+
+
+def inspect_scorer(path: str) -> models.Description:
+    """Look at the reward model at `path`.
+
+    Raises ModelError, also where there is no head that scores: a new one would judge by chance.
+    """
+    description = models.inspect(path, head="score")
+    if not description.scored:
+        raise ModelError(
+            f"{path} holds no reward model, its head writes tokens; expected RUN/model of a stage=reward run"
+        )
+    return description

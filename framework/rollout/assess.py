@@ -18,7 +18,6 @@ from framework.rollout.base import Completion, Prompt, Rollout, Sampling
 from framework.rollout.judge import Judged
 
 RUN = 3  # tokens in the runs that repetition is measured by
-TWO_SIDED_95 = 1.959964  # quantile 0.975 of the normal distribution
 REFERENCES = ("answer", "reference", "solution")  # fields of a row that may hold the right answer
 
 
@@ -105,35 +104,6 @@ def distinct(ids: Sequence[int], run: int = RUN) -> float | None:
     where the answer is shorter than one."""
     runs = [tuple(ids[start : start + run]) for start in range(len(ids) - run + 1)]
     return len(set(runs)) / len(runs) if runs else None
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """How often one policy's answer beats another's to the same prompt."""
-
-    rate: float  # wins, ties half, of what could be compared
-    low: float  # 95 % interval
-    high: float
-    wins: int
-    ties: int
-    losses: int
-
-
-def win_rate(ours: Tensor, theirs: Tensor) -> WinRate:
-    """Of scores [N] of answers to the same prompts in the same order; higher is better, NaN is left out.
-
-    The interval is Wilson's score interval (1927) of the rate over the pairs compared. It takes each for a
-    win or a loss; where ties are halves the truth varies less, so it errs to the wide side.
-    """
-    gap = (ours - theirs)[~(ours - theirs).isnan()]
-    wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
-    count, ties = len(gap), len(gap) - wins - losses
-    if count == 0:
-        return WinRate(math.nan, 0.0, 1.0, 0, 0, 0)
-    rate, z = (wins + ties / 2) / count, TWO_SIDED_95
-    middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return WinRate(rate, middle - half, middle + half, wins, ties, losses)
 
 
 def _right(scores: Tensor, answers: Sequence[Completion]) -> Tensor:

@@ -26,6 +26,7 @@ from framework.track.parts import Record
 MEASURES = {
     "accuracy": ("held-out accuracy", "{:.1%}"),
     "win_rate": ("win rate over {}", "{:.1%}"),
+    "judged_win_rate": ("win rate over {} by the reward model", "{:.1%}"),
     "reward": ("reward", "{:.3g}"),
     "kl": ("KL to {}", "{:.3g}"),
     "general_loss": ("general loss", "{:.3f}"),

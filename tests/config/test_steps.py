@@ -1,7 +1,6 @@
 """Steps between trainings: pairs from a model's own answers, models compared; by hand where it can be."""
 
 import json
-import math
 import random
 
 import pytest
@@ -9,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from framework.config import compare, steps
-from framework.errors import ConfigError, DataError
+from framework.errors import ConfigError, DataError, ModelError
 from framework.rollout.base import Completion
+from framework.rollout.hf import generate
+from framework.rollout.intervals import win_rate
 
 
 def said(text, finished=True, logps=(-1.0,)):
@@ -92,17 +93,6 @@ def test_no_pair_is_refused(tmp_path, tiny_model_dir, monkeypatch):
         )
 
 
-def test_intervals_by_hand():
-    """Wilson with z^2 = 3.8415: 0 of 10 gives 0 .. 3.8415 / 13.8415 = 0.2775; 5 of 10 is symmetric,
-    0.5 -+ sqrt(3.8415 / 40 + 3.8415^2 / 400) / 1.38415 = 0.5 -+ 0.2634. Wins 1, 0, 1/2, 1/2: mean 1/2,
-    variance 1/8, half width 1.96 sqrt(1/8 / 4)."""
-    assert compare.wilson(0, 10) == pytest.approx([0, 0, 0.2775], abs=1e-4)
-    assert compare.wilson(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
-    rate, low, high = compare.win_rate([True, False, True, False], [False, True, True, False])
-    assert rate == 0.5
-    assert high - rate == pytest.approx(rate - low) == pytest.approx(1.959964 * math.sqrt(1 / 32))
-
-
 def test_models_side_by_side(tmp_path, tiny_model_dir, verifier):
     """Against itself a model is at distance 0 and wins half; the general loss is transformers' own."""
     other = tmp_path / "other"
@@ -146,6 +136,94 @@ def test_models_side_by_side(tmp_path, tiny_model_dir, verifier):
     assert moved["general_loss"] == pytest.approx(float(expected), rel=1e-3)  # of bf16 weights, both
     with pytest.raises(ConfigError, match="against: found stat; expected one of models: start"):
         compare.models(tmp_path, models={"start": "x"}, against="stat", held_out="y")
+
+
+def answered(lm, tokenizer, rows):
+    return generate(lm, tokenizer, [r["messages"][:-1] for r in rows], max_new_tokens=12)
+
+
+@pytest.fixture
+def judged(tmp_path, tiny_model_dir, verifier):
+    """`compare.models` of a model, a tired copy of it and a judge whose padding token ends an answer, too."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    lm.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    with torch.no_grad():
+        scorer.score.weight.copy_(torch.randn(1, 32, generator=generator))
+    rows = [row(f"one {'two ' * (i % 3)}{i}", "e") for i in range(8)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (answer,) = answered(lm.bfloat16(), tokenizer, rows[:1])
+    scorer.config.pad_token_id = answer.ids[-1]
+    scorer.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+
+    def compared(judge):
+        found = compare.models(
+            tmp_path,
+            models={name: str(tiny_model_dir) for name in ("start", "same")}
+            | {"other": str(tmp_path / "other")},
+            against="start",
+            held_out=str(tmp_path / "held.jsonl"),
+            max_new_tokens=12,
+            kl_questions=1,
+            judge=str(judge),
+        )
+        return found["measured"]
+
+    return compared, rows, tokenizer, scorer
+
+
+def test_a_reward_model_compares_models(tmp_path, tiny_model_dir, judged):
+    """Scores are transformers' own at the last token, asked without padding; ours run in bf16."""
+    compared, rows, tokenizer, scorer = judged
+    measured = compared(tmp_path / "judge")
+    scorer.config.pad_token_id = None  # its pooling then takes the last token
+    expected = {}
+    for name, path in (("start", tiny_model_dir), ("other", tmp_path / "other")):
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        questions = [r["messages"][:-1] for r in rows]
+        asked = [tokenizer.apply_chat_template(q, add_generation_prompt=True)["input_ids"] for q in questions]
+        answers = answered(lm, tokenizer, rows)
+        with torch.no_grad():
+            expected[name] = torch.tensor(
+                [
+                    float(scorer(torch.tensor([[*q, *a.ids]])).logits)
+                    for q, a in zip(asked, answers, strict=True)
+                ]
+            )
+        assert measured[name]["reward"] == pytest.approx(float(expected[name].mean()), abs=0.05)
+    assert measured["same"]["reward"] == measured["start"]["reward"]
+    assert measured["same"]["judged_win_rate"] == [0.5, 0.5, 0.5]
+    assert measured["other"]["judged_win_rate"] == list(win_rate(expected["other"], expected["start"]))
+    assert "judged_win_rate" not in measured["start"]
+    assert "win_rate" in measured["other"]
+
+
+def test_a_judge_without_an_opinion_is_left_out_and_one_that_cannot_judge_refused(
+    tmp_path, tiny_model_dir, judged
+):
+    compared, _, tokenizer, scorer = judged
+    with torch.no_grad():
+        scorer.score.weight.fill_(torch.nan)
+    scorer.save_pretrained(tmp_path / "judge")
+    measured = compared(tmp_path / "judge")
+    assert not {"reward", "judged_win_rate"} & (measured["other"].keys() | measured["start"].keys())
+    with pytest.raises(ModelError, match="holds no reward model"):
+        compared(tiny_model_dir)
+    tokenizer.add_tokens(["hello"])
+    tokenizer.save_pretrained(tmp_path / "judge")
+    scorer.resize_token_embeddings(len(tokenizer))
+    scorer.save_pretrained(tmp_path / "judge")
+    with pytest.raises(ConfigError, match=r"judge: .* has another vocabulary than start"):
+        compared(tmp_path / "judge")
 
 
 def test_a_task_is_cut_into_parts_that_share_no_question(tmp_path):

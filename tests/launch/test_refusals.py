@@ -44,6 +44,10 @@ MISTAKES = {
         ["reward.functions[0].feild", "no such keyword", "reward.functions[0].field"],
     ),
     "no reward": (["stage=grpo"], ["stage grpo and nothing that rewards", "reward=verifier"]),
+    "a model that writes as a judge": (
+        ["stage=ppo", "reward=model", "reward.model=model"],
+        ["model holds no reward model, its head writes tokens", "expected RUN/model of a stage=reward run"],
+    ),
     "more answers in a step than in an iteration": (
         [
             "stage=grpo",

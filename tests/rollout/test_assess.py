@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from framework.rollout.assess import Assessor, distinct, win_rate
+from framework.rollout.assess import Assessor, distinct
 from framework.rollout.base import Completion, Prompt, Sampling
 from framework.rollout.judge import Judged
 
@@ -78,19 +78,3 @@ def test_a_score_that_is_not_known_is_shown_as_none():
 @pytest.mark.parametrize(("ids", "share"), [((1, 2, 3, 4), 1.0), ((1, 1, 1, 1, 1), 1 / 3), ((1, 2), None)])
 def test_distinct_runs(ids, share):
     assert distinct(ids) == share
-
-
-def test_a_win_rate_counts_ties_half():
-    """Gaps +, 0, -, +, and one unknown: 2.5 of 4. Wilson at 0.625 of 4: z^2 = 3.8415, middle
-    (0.625 + 0.48018) / 1.96036 = 0.56376, half 1.95996 / 1.96036 * sqrt(0.058594 + 0.060023) = 0.34434."""
-    ours = torch.tensor([1.0, 0.5, 0.0, 3.0, torch.nan])
-    won = win_rate(ours, torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0]))
-    assert (won.wins, won.ties, won.losses, won.rate) == (2, 1, 1, 0.625)
-    assert (won.low, won.high) == pytest.approx((0.21942, 0.90810), abs=2e-4)
-
-
-def test_a_win_rate_of_all_or_nothing_stays_within_bounds():
-    """Wilson at 1 of 10: low 10 / (10 + z^2) = 0.7225."""
-    won = win_rate(torch.ones(10), torch.zeros(10))
-    assert (won.rate, won.low, won.high) == pytest.approx((1.0, 0.72246, 1.0), abs=1e-4)
-    assert math.isnan(win_rate(torch.full((2,), torch.nan), torch.zeros(2)).rate)

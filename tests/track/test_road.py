@@ -52,8 +52,14 @@ def run_dir(tmp_path):
         config={"model": {"path": model}},
     )
     measured = {
-        "sft": {"accuracy": [0.5, 0.4, 0.6], "general_loss": 1.25},
-        "grpo": {"accuracy": [0.75, 0.7, 0.8], "kl": 0.0625, "win_rate": [0.625, 0.5, 0.75]},
+        "sft": {"accuracy": [0.5, 0.4, 0.6], "general_loss": 1.25, "reward": -0.5},
+        "grpo": {
+            "accuracy": [0.75, 0.7, 0.8],
+            "kl": 0.0625,
+            "win_rate": [0.625, 0.5, 0.75],
+            "judged_win_rate": [0.875, 0.75, 0.95],
+            "reward": 1.25,
+        },
     }
     samples = [{"prompt": "Reverse: <b>a b</b>", "reference": "b a", "sft": "a a", "grpo": "b a"}]
     compare = step(
@@ -82,8 +88,9 @@ def test_what_was_measured_stands_side_by_side(run_dir):
     for expected in (
         "my <road> running", "2 of 4 steps done · 1 min 20 s",
         "sft 50.0% held-out accuracy, 95 %: 40.0% to 60.0%", "grpo 50.0% → 75.0%",
-        "model held-out accuracy win rate over sft KL to sft general loss",
-        "sft 50.0% [40.0%, 60.0%] 1.250", "grpo 75.0% [70.0%, 80.0%] 62.5% [50.0%, 75.0%] 0.0625",
+        "model held-out accuracy win rate over sft win rate over sft by the reward model reward KL to sft",
+        "sft 50.0% [40.0%, 60.0%] -0.5 1.250",
+        "grpo 75.0% [70.0%, 80.0%] 62.5% [50.0%, 75.0%] 87.5% [75.0%, 95.0%] 1.25 0.0625",
         "Reverse: <b>a b</b> reference b a sft a a grpo b a", "Reward of sampled answers",
         "KL to the start nats a token", "pairs 206", "python launch/train.py name=grpo",
         "dpo preference · not finished",
