@@ -25,6 +25,10 @@ def build_strategy(run: Run, world: World) -> Strategy:
             if isinstance(chosen, kinds.Hsdp):
                 common["shards"] = chosen.shard_size or "host"
             return Fsdp(world, **common, reshard_after_forward=chosen.reshard_after_forward)
+        case kinds.FsdpOffload():
+            from framework.strategy.fsdp2 import Fsdp
+
+            return Fsdp(world, **common, offload=True)
         case kinds.Zero1() | kinds.Zero2() | kinds.Zero3():
             from framework.strategy.zero import Zero
 

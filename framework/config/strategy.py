@@ -25,6 +25,10 @@ class Hsdp(Node):
     shard_size: Positive | None
 
 
+class FsdpOffload(Node):
+    name: Literal["fsdp_offload"]
+
+
 class Zero1(Node):
     name: Literal["zero1"]
 
@@ -37,4 +41,4 @@ class Zero3(Node):
     name: Literal["zero3"]
 
 
-Spread = Ddp | Fsdp | Hsdp | Zero1 | Zero2 | Zero3
+Spread = Ddp | Fsdp | Hsdp | FsdpOffload | Zero1 | Zero2 | Zero3

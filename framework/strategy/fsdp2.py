@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from framework.strategy import common
@@ -40,6 +40,7 @@ from framework.strategy.ddp import Ddp
 from framework.strategy.frozen import Frozen
 from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
 from framework.strategy.mesh import Mesh, mesh_of, ranks_of_a_host
+from framework.strategy.world import form_group
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ class Fsdp:
     `shards` ranks, a divisor of the world, share a copy of the model; the others hold copies of it. "host"
     is the ranks of one host (HSDP), None all ranks.
 
-    Bytes per trained parameter on each of w ranks that share a copy: 16 / w, and the gathered blocks.
-    One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
+    `offload` keeps a rank's rows, their gradients and moments in the memory of the host, pinned where the
+    device is another one, and updates them there. A block's rows are copied to the device when gathered.
+
+    Bytes per trained parameter on each of w ranks that share a copy: 16 / w, on the host if offloaded, and
+    on the device the gathered blocks. One rank has nothing to shard: without `offload` a world of one trains
+    replicated (`Ddp`), with the same numbers.
     """
 
     world: World
@@ -64,16 +69,22 @@ class Fsdp:
     blocks: Blocks = PLAIN
     reshard_after_forward: bool = True
     shards: int | Literal["host"] | None = None
+    offload: bool = False
+
+    @property
+    def _home(self) -> torch.device:
+        """Where rows are kept."""
+        return torch.device("cpu") if self.offload else self.world.device
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
-        if self.world.size == 1:
+        if self.world.size == 1 and not self.offload:
             return Ddp(self.world, self.precision, self.blocks).train(build, weights, optimizer)
         module = common.build_on_meta(build, self.world.device)
         prepare_blocks(module, self.blocks)
         mesh = self._mesh()
         # the backward pass begins with the head: dropping it after the forward pass would be for nothing
         self._shard(module, mesh, drop_blocks=self.reshard_after_forward, drop_rest=False)
-        _materialize(module, self.world.device)
+        _materialize(module, self._home)
         parameters = cast(dict[str, nn.Parameter], dict(module.named_parameters()))
         _fill(self.world, mesh, parameters, weights)
         return FsdpEngine(
@@ -88,12 +99,12 @@ class Fsdp:
     def freeze(self, build: Build, weights: Weights) -> Frozen:
         """2 / w bytes per parameter on each of w ranks of a copy in bf16, 4 / w in fp32, and the gathered
         blocks."""
-        if self.world.size == 1:
+        if self.world.size == 1 and not self.offload:
             return Ddp(self.world, self.precision).freeze(build, weights)
         module = common.build_on_meta(build, self.world.device).requires_grad_(False)
         mesh = self._mesh()
         self._shard(module, mesh, drop_blocks=True, drop_rest=True)
-        _materialize(module, self.world.device)
+        _materialize(module, self._home)
         parameters = cast(dict[str, nn.Parameter], dict(module.named_parameters()))
         _fill(self.world, mesh, parameters, weights)
 
@@ -105,6 +116,7 @@ class Fsdp:
         return Frozen(self.world, module, parameters, put)
 
     def _mesh(self) -> Mesh:
+        form_group(self.world)
         shards = ranks_of_a_host(self.world) if self.shards == "host" else self.shards
         return mesh_of(self.world, shards or self.world.size)
 
@@ -126,6 +138,8 @@ class Fsdp:
                 cast_forward_inputs=False,  # weights of the loss and rotary tables stay fp32
             ),
         }
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
         for block in cast(Shardable, module).blocks():
             fully_shard(block, reshard_after_forward=drop_blocks, **options)
         fully_shard(module, reshard_after_forward=drop_rest, **options)
@@ -179,8 +193,9 @@ class FsdpEngine:
         gradients = [(part.master, self._gradient(name)) for name, part in self._parts.items()]
         mine = [gradient for _, gradient in gradients]
         self._mesh.add_over_copies(mine, self.world.device)
-        squares = common.sum_of_squares(mine if self._mesh.copy == 0 else [], self.world.device)
-        dist.all_reduce(squares)  # copies hold the same gradients: one of them counts
+        counted = mine if self._mesh.copy == 0 else []  # copies hold the same gradients
+        squares = common.sum_of_squares(counted, mine[0].device).to(self.world.device)
+        dist.all_reduce(squares)
         norm = math.sqrt(squares.item())
         if common.update(self._optimizer, gradients, norm=norm, lr=lr, max_grad_norm=max_grad_norm):
             self._updates += 1
@@ -193,7 +208,7 @@ class FsdpEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
-            yield name, cast(DTensor, parameter.detach()).full_tensor()
+            yield name, cast(DTensor, parameter.detach().to(self.world.device)).full_tensor()
 
     def state_dict(self) -> EngineState:
         return common.snapshot(self._optimizer, self._parts, self._updates)

@@ -1,7 +1,7 @@
 """Who trains together: the ranks of this run, and small exchanges between them.
 
-A world of one has no process group, so nothing else in the framework asks whether it is
-distributed. Numbers travel as float64 over gloo on the CPU, values as JSON: no pickle crosses a
+A world of one has no process group, unless a strategy forms one, so nothing else in the framework asks
+whether it is distributed. Numbers travel as float64 over gloo on the CPU, values as JSON: no pickle crosses a
 socket. Tensors of the model are the engines' business, over the same default process group.
 """
 
@@ -60,6 +60,16 @@ def connect(device: str = "auto", *, timeout_s: float, environment: Mapping[str,
     return Group(rank, size, local_rank, place)
 
 
+def form_group(world: World) -> None:
+    """Give a world of one the process group that some libraries insist on; others have theirs. Collective.
+
+    It is alone in it and needs no address; `close` ends it.
+    """
+    if world.size == 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend=backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 @dataclass
 class Solo:
     """A world of one: every answer is one's own."""
@@ -85,7 +95,8 @@ class Solo:
         pass
 
     def close(self) -> None:
-        pass
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass

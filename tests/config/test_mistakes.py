@@ -35,9 +35,9 @@ MISTAKES = [
     # groups
     ("strategy=fdsp", "strategy=fdsp: strategy has no choice fdsp; type strategy=fsdp"),
     ("strtegy=fsdp", "strtegy=fsdp: no such key; type strategy=fsdp"),
-    ("strategy=null", "strategy takes one of ddp, fsdp, hsdp, zero1, zero2, zero3"),
+    ("strategy=null", "strategy takes one of ddp, fsdp, fsdp_offload, hsdp, zero1, "),
     ("strategy.name=fsdp", "strategy.reshard_after_forward: not set; type strategy=fsdp"),
-    ("strategy.name=fdsp", 'got "fdsp"; expected ddp or fsdp or hsdp or '),
+    ("strategy.name=fdsp", 'got "fdsp"; expected ddp or fsdp or '),
     ("strategy.fsdp=true", "fsdp is a choice of strategy, not a key; type strategy=fsdp"),
     ("optim/lr=1e-3", "a slash chooses a file and a dot sets a key; type optim.lr=1e-3"),
     ("+experiment=lora", "experiment is a choice already; type experiment=lora"),

@@ -14,7 +14,7 @@ CELLS = [
         for size in (1, 2, 4)
         for adapter in ("full", "lora")
     ),
-    ("hsdp", 2, "full"),
+    *((strategy, 2, "full") for strategy in ("hsdp", "fsdp_offload", "zero1", "zero2")),
     *(pytest.param(TWO_COPIES, 4, adapter, marks=pytest.mark.slow) for adapter in ("full", "lora")),
 ]
 """Strategies that are variations of another one are held to less: their own tests are in tests/strategy."""

@@ -36,7 +36,7 @@ def equal(one, other):
     )
 
 
-WORLDS = [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
+WORLDS = [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp_offload", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ def resumes(world, name, options):
 
 
 KINDS = [(kind, bits) for kind in ("none", "full") for bits in ("fp32", "bf16")]
-RESUMED = [(name, 2, *kind) for name in ("ddp", "fsdp") for kind in KINDS] + [("hsdp", 4, "full", "bf16")]
+RESUMED = [(name, 2, *kind) for name in ("ddp", "fsdp") for kind in KINDS]
+RESUMED += [("hsdp", 4, "full", "bf16"), ("fsdp_offload", 2, "full", "bf16")]
 
 
 @pytest.mark.parametrize(("name", "size", "checkpointing", "precision"), RESUMED)
@@ -113,7 +114,8 @@ def forgets(world, name, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("ddp", {}), ("fsdp", {}), ("fsdp", {"reshard_after_forward": False})]
+    ("name", "options"),
+    [("ddp", {}), ("fsdp", {}), ("fsdp", {"reshard_after_forward": False}), ("fsdp_offload", {})],
 )
 def test_a_forward_pass_before_the_update_leaves_no_old_weights(name, options):
     assert workers.run(2, forgets, name, options) == [(True, True)] * 2

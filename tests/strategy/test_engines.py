@@ -17,6 +17,7 @@ ENGINES = [
     ("fsdp", {"reshard_after_forward": False}),
 ]
 HSDP = ("hsdp", {})  # copies of two ranks each
+OFFLOAD = ("fsdp_offload", {})  # rows in the memory of the host, which here is the device, too
 
 
 def trains(world, name, options, steps, count, **data):
@@ -32,7 +33,11 @@ def worst(joined, reference, which):
 
 
 CUTS = [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (4, 2)]
-CASES = [(*engine, *cut) for engine in ENGINES for cut in CUTS] + [(*HSDP, 4, 1), (*HSDP, 4, 3)]
+CASES = [
+    *((*engine, *cut) for engine in ENGINES for cut in CUTS),
+    *((*HSDP, *cut) for cut in [(4, 1), (4, 3)]),
+    *((*OFFLOAD, *cut) for cut in [(1, 2), (3, 2)]),
+]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -65,7 +70,7 @@ def leads(world, name, options):
     return history, weights, toy.portable(engine.state_dict()), engine.trained
 
 
-@pytest.mark.parametrize(("name", "options", "size"), [*((*engine, 3) for engine in ENGINES), (*HSDP, 4)])
+@pytest.mark.parametrize(("name", "options", "size"), [*((*e, 3) for e in [*ENGINES, OFFLOAD]), (*HSDP, 4)])
 def test_trajectory_and_weights_after_a_forward_pass(name, options, size):
     """AdamW divides by sqrt(exp_avg_sq), which blows rounding up: losses are held to 1e-5, not 1e-6.
 
@@ -94,7 +99,9 @@ def spreads(world, name, options, precision, frozen):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("size", "name"), [(1, "ddp"), (2, "ddp"), (3, "fsdp"), (4, "hsdp")])
+@pytest.mark.parametrize(
+    ("size", "name"), [(1, "ddp"), (2, "ddp"), (3, "fsdp"), (4, "hsdp"), (1, "fsdp_offload")]
+)
 def test_masters_are_the_source_bit_for_bit(size, name, precision, frozen):
     """The model is born without memory and filled from rank 0: trained parameters are exact fp32,
 
@@ -128,7 +135,7 @@ def skips(world, name, options, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "options", "size"), [*((*engine, 2) for engine in ENGINES), (*HSDP, 4)])
+@pytest.mark.parametrize(("name", "options", "size"), [*((*e, 2) for e in [*ENGINES, OFFLOAD]), (*HSDP, 4)])
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(name, options, size, precision):
     """The step after a skipped one equals, bit for bit, the step of a run that never saw the NaN.
 
@@ -201,7 +208,7 @@ def test_bf16_computes_rounded_and_adds_and_updates_in_fp32(frozen):
     over ranks in fp32 makes them agree with each other to 1e-6. Updates of 1e-6 move the masters.
     """
     runs = [workers.run(2, rounds, "ddp", {}, "fp32", frozen)]
-    runs += [workers.run(2, rounds, name, options, "bf16", frozen) for name, options in ENGINES]
+    runs += [workers.run(2, rounds, name, options, "bf16", frozen) for name, options in [*ENGINES, OFFLOAD]]
     (_, exact), *rounded = (toy.whole(state for _, state, _ in ranks) for ranks in runs)
     for ranks, (_, joined) in zip(runs[1:], rounded, strict=True):
         assert 1e-4 < worst(joined, exact, toy.FIRST) < 2e-2

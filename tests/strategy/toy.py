@@ -20,7 +20,12 @@ from framework.strategy.fsdp2 import Fsdp
 
 VOCABULARY, HIDDEN, INNER, BLOCKS = 13, 10, 14, 3
 BETA = 0.9
-STRATEGIES = {"ddp": Ddp, "fsdp": Fsdp, "hsdp": partial(Fsdp, shards=2)}
+STRATEGIES = {
+    "ddp": Ddp,
+    "fsdp": Fsdp,
+    "hsdp": partial(Fsdp, shards=2),
+    "fsdp_offload": partial(Fsdp, offload=True),
+}
 
 
 @dataclass(frozen=True)
