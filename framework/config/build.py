@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from framework.config import probes, targets
+from framework.config import probes, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
-from framework.config.stage import ONLINE, Grpo, Ppo
+from framework.config.stage import ONLINE, SUPERVISED, Distill, Grpo, Ppo
 from framework.data import answers, prompts
 from framework.data import tables as tokenised
 from framework.data.mixture import Group, Mixture
@@ -47,6 +47,7 @@ class Inspected:
     critic: load.Description | None = None
     judge: load.Description | None = None  # of the reward model
     reference: load.Description | None = None  # of another start to compare with
+    teacher: load.Description | None = None  # of the model that is imitated
 
     @property
     def unpaired(self) -> bool:
@@ -91,8 +92,10 @@ class Prepared(Inspected):
                 mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}
             )
             identity["reward"] = run.reward.model_dump(mode="json", exclude={"workers"})
-        others = {"critic": self.critic, "judge": self.judge, "reference": self.reference}
-        return identity | {name: other.fingerprint for name, other in others.items() if other is not None}
+        for name in ("critic", "judge", "reference", "teacher"):
+            if (other := getattr(self, name)) is not None:
+                identity[name] = other.fingerprint
+        return identity
 
 
 def inspect(run: Run) -> Inspected:
@@ -106,17 +109,20 @@ def inspect(run: Run) -> Inspected:
     }
     head = "score" if stage.name == "reward" else "lm"
     description = load.inspect(run.model.path, head=head, **own)
-    critic = judge = reference = None
+    critic = judge = reference = teacher = None
     if isinstance(stage, Ppo):
         critic = load.inspect(stage.critic, head="score") if stage.critic else None
         critic = critic or load.inspect(run.model.path, head="score", **own)
         actor_critic.check(description, critic)
     if stage.name in ONLINE and run.reward.model is not None:
         judge = answering.inspect_scorer(run.reward.model)
-        _same_words(description, judge, "reward.model")
+        vocabulary.same_words(description, judge, "reward.model")
     if (path := getattr(stage, "reference_path", None)) is not None:
         reference = load.inspect(path)
-        _same_words(description, reference, "stage.reference_path")
+        vocabulary.same_words(description, reference, "stage.reference_path")
+    if isinstance(stage, Distill):
+        teacher = load.inspect(stage.teacher)
+        vocabulary.check_teacher(description, teacher, stage.top_k)
     return Inspected(
         run=run,
         loss=targets.loss(run),
@@ -124,6 +130,7 @@ def inspect(run: Run) -> Inspected:
         critic=critic,
         judge=judge,
         reference=reference,
+        teacher=teacher,
     )
 
 
@@ -137,7 +144,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     read = partial(read_tables, inspected, progress=progress)
     text = partial(_read_text, inspected, progress=progress)
     train_tables, replay_tables = read(run.data.train), text(run.replay.sources)
-    mixed, online = run.stage.name == "sft", run.stage.name in ONLINE
+    mixed, online = run.stage.name in SUPERVISED, run.stage.name in ONLINE
     if online:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
     else:
@@ -203,28 +210,36 @@ def build_engine(inspected: Inspected, world: World) -> Engine:
     return build_strategy(run, world).train(structure, weights, optimizer)
 
 
-def build_frozen(inspected: Inspected, of: load.Description, world: World) -> Frozen:
-    """A model that is only asked, spread like the one that is trained."""
+def build_frozen(
+    inspected: Inspected, of: load.Description, world: World, *, attention: str | None = None
+) -> Frozen:
+    """A model that is only asked, spread like the one that is trained; `attention` may be its own."""
     bare = replace(inspected, run=inspected.run.model_copy(update={"adapter": Full(kind="full")}))
-    structure = build_structure(bare, world.device, of=of)
+    structure = build_structure(bare, world.device, of=of, attention=attention)
     return build_strategy(inspected.run, world).freeze(structure, load.reader(of, seed=inspected.run.seed))
 
 
-def attention_of(inspected: Inspected, device: torch.device) -> str:
-    """How attention is computed on `device`, as transformers knows it."""
+def attention_of(inspected: Inspected, device: torch.device, *, of: load.Description | None = None) -> str:
+    """How attention is computed on `device`, as transformers knows it, in the trained model or in `of`."""
     run = inspected.run
-    return load.attention_for(inspected.description, run.model.attention, device, precision=run.precision)
+    return load.attention_for(
+        of or inspected.description, run.model.attention, device, precision=run.precision
+    )
 
 
 def build_structure(
-    inspected: Inspected, device: torch.device, *, of: load.Description | None = None
+    inspected: Inspected,
+    device: torch.device,
+    *,
+    of: load.Description | None = None,
+    attention: str | None = None,
 ) -> Build:
     """Makes a model without its weights, the trained one or `of`; `device` decides about attention."""
     run = inspected.run
     return load.builder(
         of or inspected.description,
         adapter=adapter_of(run),
-        attention=attention_of(inspected, device),
+        attention=attention or attention_of(inspected, device),
         head_chunk_tokens=run.model.head_chunk_tokens,
         neftune_alpha=run.model.neftune_alpha,
     )
@@ -285,7 +300,7 @@ def read_tables(
     stage = inspected.run.stage
     if stage.name in ONLINE:
         return _read_prompts(inspected, sources, progress=progress)
-    if stage.name == "sft":
+    if stage.name in SUPERVISED:
         return _read_text(inspected, sources, progress=progress)
     given = [Source(**source.model_dump()) for source in sources]
     if inspected.unpaired:
@@ -365,11 +380,3 @@ def _distinct(tables: Sequence[Table]) -> list[Table]:
         taken.add(name)
         named.append(replace(table, name=name))
     return named
-
-
-def _same_words(ours: load.Description, theirs: load.Description, key: str) -> None:
-    if ours.tokenizer.get_vocab() != theirs.tokenizer.get_vocab():
-        raise ConfigError(
-            f"{key}: {theirs.path} has another vocabulary than model.path={ours.path}, whose tokens it would "
-            f"have to read; set {key} to a model of the same family"
-        )

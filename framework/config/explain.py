@@ -28,6 +28,7 @@ EXAMPLES = {
     "model.path": "model.path=DIRECTORY_OR_HUB_ID",
     "data.train": "'data.train=[{path: FILE.jsonl}]'",
     "data.eval": "'data.eval=[{path: FILE.jsonl}]'",
+    "stage.teacher": "stage.teacher=DIRECTORY_OR_HUB_ID",
     "replay.sources": "'replay.sources=[{path: FILE.jsonl}]'",
 }
 """What to type for keys that have no value to start from."""

@@ -34,7 +34,7 @@ from framework.errors import ConfigError
 OUTPUTS = ("run_dir", "model")
 """What later steps may name of an earlier one: ${stages.NAME.run_dir}, ${stages.NAME.model}."""
 
-FILES = ("path", "reference_path", "critic", "judge")  # last parts of keys that hold a file or a directory
+FILES = ("path", "reference_path", "critic", "teacher", "judge")  # last parts of keys that hold paths
 
 GIVEN = "directory"  # the parameter by which a function learns where to write
 

@@ -41,7 +41,19 @@ from framework.config.nodes import (
     exactly_one,
     refuse,
 )
-from framework.config.stage import ONLINE, Grpo, Hf, Ppo, Preference, RewardModel, Rewards, Sft, Vllm
+from framework.config.stage import (
+    ONLINE,
+    SUPERVISED,
+    Distill,
+    Grpo,
+    Hf,
+    Ppo,
+    Preference,
+    RewardModel,
+    Rewards,
+    Sft,
+    Vllm,
+)
 from framework.config.strategy import Spread
 
 
@@ -56,7 +68,7 @@ class Run(Node):
     precision: Literal["fp32", "bf16"]
     resume: Text  # auto, never or the path of a checkpoint
     trusted_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], ...]
-    stage: Annotated[Sft | RewardModel | Preference | Ppo | Grpo, Field(discriminator="name")]
+    stage: Annotated[Sft | Distill | RewardModel | Preference | Ppo | Grpo, Field(discriminator="name")]
     loss: Target
     model: Model
     adapter: Annotated[Full | Lora, Field(discriminator="kind")]
@@ -119,7 +131,7 @@ class Run(Node):
                 "strategy=fsdp or model.compile=none",
             )
         rate = getattr(self.adapter, "dropout", 0.0)
-        if rate > 0 and self.stage.name != "sft":
+        if rate > 0 and self.stage.name not in SUPERVISED:
             # noise in one of two passes over an answer would be taken for a preference
             raise refuse(
                 "adapter.dropout, stage.name",
@@ -143,14 +155,14 @@ class Run(Node):
 
     def _rehearsed(self) -> None:
         """Replay is mixed into supervised data and a term of its own beside any other."""
-        if self.stage.name == "sft" and self.replay.scale is not None:
+        if self.stage.name in SUPERVISED and self.replay.scale is not None:
             raise refuse(
                 "replay.scale, stage.name",
                 "a term of its own beside supervised data, where replay is mixed in",
                 "a share of the trained tokens",
                 "replay=fixed",
             )
-        if self.stage.name != "sft" and self.replay.fraction > 0:
+        if self.stage.name not in SUPERVISED and self.replay.fraction > 0:
             raise refuse(
                 "replay.fraction, stage.name",
                 f"a share of {self.replay.fraction:g} of the trained tokens in stage {self.stage.name}",
@@ -171,7 +183,8 @@ class Run(Node):
         if stage.name not in ONLINE:
             return
         assert isinstance(stage, Ppo | Grpo)
-        if self.reward.empty:
+        taught = isinstance(stage, Grpo) and stage.advantages == "teacher"
+        if self.reward.empty and not taught:
             raise refuse(
                 "reward, stage.name",
                 f"stage {stage.name} and nothing that rewards",
@@ -187,7 +200,8 @@ class Run(Node):
                 "at most prompts times samples",
                 f"batch.sequences={answers}",
             )
-        if isinstance(stage, Grpo) and self.rollout.samples < 2 and "plus_plus" not in stage.advantages:
+        alone = taught or (isinstance(stage, Grpo) and "plus_plus" in stage.advantages)
+        if isinstance(stage, Grpo) and self.rollout.samples < 2 and not alone:
             raise refuse(
                 "rollout.samples, stage.advantages",
                 "one answer to each prompt, which has nothing to be compared with",

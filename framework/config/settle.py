@@ -45,7 +45,7 @@ def _absolute(run: Run) -> Run:
         model["chat_template"] = local(run.model.chat_template)
     stage = {
         key: local(path)
-        for key in ("critic", "reference_path")
+        for key in ("critic", "reference_path", "teacher")
         if (path := getattr(run.stage, key, None)) is not None
     }
     evaluate = {"retention": sources(run.evaluate.retention), "prompts": sources(run.evaluate.prompts)}

@@ -17,8 +17,39 @@ AboveZero = Annotated[float, Field(gt=0)]
 Where = Literal["auto", "adapter", "frozen"]
 
 
+def one_reference(path: str | None, where: str) -> None:
+    """Refuse another model as reference beside the policy without its adapter."""
+    if path is not None and where == "adapter":
+        raise refuse(
+            "stage.reference_path, stage.reference",
+            "another model as reference, and the policy without its adapter",
+            "one of the two",
+            "stage.reference=frozen or stage.reference_path=null",
+        )
+
+
 class Sft(Node):
     name: Literal["sft"]
+
+
+class Distill(Node):
+    name: Literal["distill"]
+    teacher: Text
+    top_k: Positive | None
+    rest: Literal["bucket", "renormalise"]
+    temperature: AboveZero
+    sft_share: Share
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.top_k == 1 and self.rest == "renormalise":
+            raise refuse(
+                "stage.top_k, stage.rest",
+                "one token whose probability is made 1 in both models, which teaches nothing",
+                "more tokens, or the rest as one of its own",
+                "stage.rest=bucket",
+            )
+        return self
 
 
 class RewardModel(Node):
@@ -45,13 +76,7 @@ class Preference(Node):
                 "a frozen copy, which alone can move",
                 "stage.reference=frozen or stage.sync_every=null",
             )
-        if self.reference_path is not None and self.reference == "adapter":
-            raise refuse(
-                "stage.reference_path, stage.reference",
-                "another model as reference, and the policy without its adapter",
-                "one of the two",
-                "stage.reference=frozen or stage.reference_path=null",
-            )
+        one_reference(self.reference_path, self.reference)
         return self
 
 
@@ -90,6 +115,7 @@ class OnPolicy(Node):
 
     @model_validator(mode="after")
     def _controlled(self) -> Self:
+        one_reference(self.reference_path, self.reference)
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise refuse(
                 "stage.kl_target, stage.kl_coefficient",
@@ -124,10 +150,40 @@ class Grpo(OnPolicy):
         "length_weighted",
         "reinforce_plus_plus",
         "reinforce_plus_plus_baseline",
+        "teacher",
     ]
+
+    @model_validator(mode="after")
+    def _taught(self) -> Self:
+        if self.advantages != "teacher":
+            return self
+        if self.reference_path is None:
+            raise refuse(
+                "stage.advantages, stage.reference_path",
+                "advantages from a teacher, and none given",
+                "the teacher as the model to compare with",
+                "stage.reference_path=DIRECTORY_OR_HUB_ID",
+            )
+        if self.kl_coefficient > 0:
+            raise refuse(
+                "stage.advantages, stage.kl_coefficient",
+                f"advantages that are a KL to the teacher already, and a penalty of {self.kl_coefficient:g} "
+                "on it",
+                "one of the two",
+                "stage.kl_coefficient=0",
+            )
+        if self.extra_prompts > 0:
+            raise refuse(
+                "stage.advantages, stage.extra_prompts",
+                "prompts replaced by their rewards, of which a teacher learns nothing",
+                "no replacing",
+                "stage.extra_prompts=0",
+            )
+        return self
 
 
 ONLINE = ("ppo", "grpo")
+SUPERVISED = ("sft", "distill")  # learn token by token from text as it stands
 
 
 class Rollout(Node):

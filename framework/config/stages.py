@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from framework.batch import Batch, Outputs
-from framework.config import build, judging
+from framework.batch import Batch, Distribution, Outputs
+from framework.config import build, judging, vocabulary
 from framework.config.build import Inspected, Prepared
-from framework.config.stage import ONLINE, Correction, Grpo, OnPolicy, Ppo, Preference
+from framework.config.stage import ONLINE, Correction, Distill, Grpo, OnPolicy, Ppo, Preference
 from framework.data import collate, pack, pairs, shared
 from framework.data.loader import SUPERVISED, Cut, Loader, held_out, whole
 from framework.data.mixture import Mixture
@@ -26,6 +26,7 @@ from framework.rollout.base import Rollout
 from framework.rollout.experience import Packing
 from framework.stages.base import Stage, Term
 from framework.stages.coupling import policy_logps
+from framework.stages.distill import Distillation, DistillObjective, Teacher
 from framework.stages.grpo import Grpo as GrpoMethod
 from framework.stages.moving import Moving
 from framework.stages.online import Online
@@ -52,6 +53,8 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
     match prepared.run.stage.name:
         case "sft":
             stage = supervised(prepared, world)
+        case "distill":
+            stage = _distillation(prepared, world)
         case "reward":
             stage = _reward(prepared, world, engine)
         case "preference" if prepared.unpaired:
@@ -72,6 +75,27 @@ def supervised(prepared: Prepared, world: World) -> Supervised:
     objective = TokenObjective(prepared.loss, [table.name for table in prepared.tables])
     sets = held_out_sets(prepared, prepared.held_out, world)
     return Supervised(_loader(prepared, world), objective, sets, TokenObjective(prepared.loss))
+
+
+def _distillation(prepared: Prepared, world: World) -> Distillation:
+    """The same with a teacher beside the data."""
+    stage, teacher = prepared.run.stage, prepared.teacher
+    assert isinstance(stage, Distill)
+    assert teacher is not None
+    attention = build.attention_of(prepared, world.device, of=teacher)
+    asked = Distribution(
+        vocabulary=vocabulary.shared_rows(prepared.description, teacher),
+        temperature=stage.temperature,
+        likeliest=stage.top_k,
+    )
+    objective = partial(DistillObjective, prepared.loss, asked, rest=stage.rest, sft_share=stage.sft_share)
+    return Distillation(
+        _loader(prepared, world),
+        objective(sources=[table.name for table in prepared.tables]),
+        held_out_sets(prepared, prepared.held_out, world),
+        objective(),
+        teacher=Teacher(build.build_frozen(prepared, teacher, world, attention=attention), asked),
+    )
 
 
 def held_out_sets(

@@ -73,7 +73,14 @@ def rewards(run: Run) -> None:
         resolve(function, run.trusted_packages, key=key, supplied=SUPPLIED)
 
 
-USUAL = {"sft": "sft", "reward": "reward", "preference": "dpo", "ppo": "ppo", "grpo": "grpo"}
+USUAL = {
+    "sft": "sft",
+    "distill": "forward_kl",
+    "reward": "reward",
+    "preference": "dpo",
+    "ppo": "ppo",
+    "grpo": "grpo",
+}
 
 
 class _Offer(dict[str, Any]):
@@ -90,16 +97,20 @@ def _offers(stage: str) -> list[_Offer]:
     """What losses of a stage may ask for, two units of each."""
     import torch
 
-    from framework.batch import Outputs
     from framework.losses.answers import Answers
-    from framework.stages import preference, reward, unpaired
+    from framework.stages import distill, preference, reward, sft, unpaired
     from framework.stages.policy_objective import OFFERED
 
     ones, nats = torch.ones(2), -torch.ones(2)
     answers = Answers(nats, 2 * nats, ones, ones)
     match stage:
         case "sft":
-            return [_Offer(dict.fromkeys(Outputs._fields, nats) | {"weight": ones}, Outputs._fields)]
+            computed = ("logps", *sft.COMPUTED)
+            return [_Offer(dict.fromkeys(computed, nats) | {"weight": ones}, computed)]
+        case "distill":
+            even = torch.full((2, 3), 1 / 3).log()
+            offered = dict.fromkeys(distill.INPUTS, even) | {"weight": ones}
+            return [_Offer(offered, ("student_logps",))]
         case "reward":
             return [_Offer(dict.fromkeys(reward.INPUTS, ones), ("chosen", "rejected"))]
         case "preference":

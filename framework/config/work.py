@@ -14,7 +14,7 @@ from framework.cluster.signals import StopRequest
 from framework.config import build, judging, record, retention, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
-from framework.config.stage import ONLINE
+from framework.config.stage import ONLINE, SUPERVISED
 from framework.errors import DONE, INTERRUPTED, ConfigError
 from framework.models import answering
 from framework.models.actor_critic import POLICY, part
@@ -110,7 +110,7 @@ def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
 def show_samples(prepared: Prepared, model: Path, tracker: Tracker, *, step: int) -> None:
     """What the written model answers to the first held-out prompts, beside what was to be answered."""
     count = prepared.run.evaluate.samples
-    if count == 0 or not prepared.held_out or prepared.run.stage.name != "sft":
+    if count == 0 or not prepared.held_out or prepared.run.stage.name not in SUPERVISED:
         return  # other stages show answers of their own
     lm, tokenizer = answering.load(str(model), device=prepared.run.launch.device)
     prompts, rows = [], []

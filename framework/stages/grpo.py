@@ -3,7 +3,8 @@
 The members differ in how a group's scores become advantages, in how tokens are averaged (`Plan.averaging`)
 and in the loss: GRPO is group_normalised + sequence + ppo; DAPO group_normalised + token + ppo with a higher
 upper clip and `Plan.extra_prompts`; Dr. GRPO group_centred + constant + ppo; GSPO group_normalised +
-sequence + gspo; RLOO leave_one_out + sequence + rloo. Letters: N answers, Q answer tokens.
+sequence + gspo; RLOO leave_one_out + sequence + rloo; on-policy distillation teacher + token + reinforce, in
+which the reference is a teacher and answers need no reward. Letters: N answers, Q answer tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from framework.errors import ConfigError
 from framework.losses import advantages as estimators
+from framework.losses.distill import sampled_advantages
 from framework.losses.inputs import inputs
 from framework.losses.items import Items
 from framework.rollout.experience import Experience, token_rewards
@@ -48,7 +50,9 @@ class Grpo:
                 f"stage.advantages={advantages} is unknown; type one of {', '.join(sorted(ADVANTAGES))}"
             )
         self.penalty = penalty or KlPenalty()
-        self.wants_reference = self.penalty.used or "reference_logps" in inputs(loss)
+        self.wants_reference = (
+            self.penalty.used or "reference_logps" in inputs(loss) or advantages == "teacher"
+        )
         self._advantages = ADVANTAGES[advantages]
         self._objective = PolicyObjective(loss, temperature=temperature)
 
@@ -99,9 +103,17 @@ def by_token(baseline: Callable[[Tensor, Tensor], Tensor] | None = None) -> Esti
     return estimate
 
 
+def by_teacher(experience: Experience, scores: Tensor, penalties: Tensor | None) -> Tensor:
+    """[Q] how much likelier the reference finds each token than the policy did; scores do not enter."""
+    assert experience.reference_logps is not None
+    assert experience.old_logps is not None
+    return sampled_advantages(experience.reference_logps, experience.old_logps)
+
+
 ADVANTAGES: Mapping[str, Estimate] = {
     **{name: by_answer(estimator) for name, estimator in estimators.ESTIMATORS.items()},
     "length_weighted": by_answer(estimators.length_weighted, lengths=True),
+    "teacher": by_teacher,
     "reinforce_plus_plus": by_token(),
     "reinforce_plus_plus_baseline": by_token(estimators.group_centred),
 }

@@ -13,8 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from framework.batch import Batch
-from framework.losses.items import Items
+from framework.losses.items import Items, Objective
 from framework.stages.base import Term
+
+COMPUTED = ("entropies", "mean_logps")
+"""What a token loss may ask for by parameter name beside `logps` and `weight`; the model computes it."""
 
 
 class Micros(Protocol):
@@ -41,8 +44,8 @@ class TokenObjective:
     """A forward pass, then a loss per trained token.
 
     `loss` is a pure function that asks for what it needs by parameter name: `logps` [K], `weight`
-    [K], or any other field of `framework.batch.Outputs`, which the model then computes. With more
-    than one name in `sources`, "loss/<name>" is reported beside the mean over all.
+    [K], or any of `COMPUTED`. With more than one name in `sources`, "loss/<name>" is reported beside the mean
+    over all.
     """
 
     in_nats = True
@@ -52,24 +55,25 @@ class TokenObjective:
         self.sources = sources
         wanted = set(inspect.signature(loss).parameters)
         self.takes_weight = "weight" in wanted
-        self.needs = frozenset(wanted & {"entropies", "mean_logps"})
+        self.needs = frozenset(wanted & set(COMPUTED))
 
     def __call__(self, engine: Any, batch: Batch) -> Items:
         batch = batch.to(engine.world.device)
         outputs = engine(batch, needs=self.needs)
         inputs = {"logps": outputs.logps, "weight": batch.weights}
         inputs |= {name: getattr(outputs, name) for name in self.needs}
-        items = self.loss(**inputs)
-        if len(self.sources) < 2:
-            return items
-        source = batch.sources.to(batch.segments.device)[batch.segments]  # [K]
-        nats = items.loss.detach()
-        absent = torch.full_like(nats, torch.nan)
-        by_source = {
-            f"loss/{name}": torch.where(source == index, nats, absent)
-            for index, name in enumerate(self.sources)
-        }
-        return Items(items.loss, items.weight, {**items.metrics, **by_source})
+        return by_source(self.loss(**inputs), batch, self.sources)
+
+
+def by_source(items: Items, batch: Batch, sources: Sequence[str]) -> Items:
+    """The same items; with more than one name in `sources`, "loss/<name>" is reported, too."""
+    if len(sources) < 2:
+        return items
+    source = batch.sources.to(batch.segments.device)[batch.segments]  # [K]
+    nats = items.loss.detach()
+    absent = torch.full_like(nats, torch.nan)
+    apart = {f"loss/{name}": torch.where(source == i, nats, absent) for i, name in enumerate(sources)}
+    return Items(items.loss, items.weight, {**items.metrics, **apart})
 
 
 class Supervised:
@@ -78,9 +82,9 @@ class Supervised:
     def __init__(
         self,
         loader: Loader,
-        objective: TokenObjective,
+        objective: Objective,
         held_out: Mapping[str, Sequence[Batch]],
-        held_out_objective: TokenObjective,
+        held_out_objective: Objective,
     ) -> None:
         self.loader = loader
         self.objective = objective

@@ -20,15 +20,19 @@ POLICY_GRADIENTS = (
 )  # fmt: skip
 TEXT = "replay.sources=[{path: general.jsonl}]"
 ONLINE = ["stage=grpo", "reward=verifier"]
+TAUGHT = ["stage=distill", "stage.teacher=some/teacher"]
 NEEDED = {  # what a choice asks for besides
     "replay=fixed": [TEXT],
     "replay=term": [TEXT, "stage=preference"],
     "stage=ppo": ["reward=verifier"],
     "stage=grpo": ["reward=verifier"],
+    "stage=distill": TAUGHT[1:],
+    "experiment=on_policy_distillation": ["stage.reference_path=some/teacher"],
     "reward=model": ["reward.model=some/model"],
     "loss=sft": [],
     "loss=dft": [],
     "loss=reward": ["stage=reward"],
+    **{f"loss={name}": TAUGHT for name in ("forward_kl", "reverse_kl", "jsd")},
     **{f"loss={name}": ONLINE for name in POLICY_GRADIENTS},
 }
 

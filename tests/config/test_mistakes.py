@@ -108,6 +108,26 @@ MISTAKES = [
         "adapter.rank: got 1.5; expected a whole number > 0; type adapter.rank=16",
     ),
     ("adapter=lora adapter.targets=3", "expected all-linear or a list of at least one text"),
+    # teachers
+    ("stage=distill", "stage.teacher: not given; type stage.teacher=DIRECTORY_OR_HUB_ID"),
+    ("stage=distill stage.teacher=t stage.top_k=0", "got 0; expected a whole number > 0 or null"),
+    ("stage=distill stage.teacher=t stage.sft_share=1", "got 1; expected a number >= 0 and < 1"),
+    ("stage=distill stage.teacher=t stage.top_k=1 stage.rest=renormalise", "type stage.rest=bucket"),
+    ("stage=distill stage.teacher=t model.neftune_alpha=5", "type model.neftune_alpha=null"),
+    ("stage=distill stage.teacher=t replay=term replay.sources=[{path: a}]", "type replay=fixed"),
+    ("stage=grpo stage.advantages=teacher", "advantages from a teacher, and none given"),
+    (
+        "stage=grpo stage.advantages=teacher stage.reference_path=t stage.kl_coefficient=0.1",
+        "a penalty of 0.1 on it; expected one of the two; type stage.kl_coefficient=0",
+    ),
+    (
+        "stage=grpo stage.advantages=teacher stage.reference_path=t stage.extra_prompts=8",
+        "prompts replaced by their rewards",
+    ),
+    (
+        "stage=grpo reward=verifier adapter=lora stage.reference=adapter stage.reference_path=t",
+        "type stage.reference=frozen or stage.reference_path=null",
+    ),
 ]
 
 

@@ -147,6 +147,15 @@ def test_what_a_trusted_package_imports_is_not_its_own(package, function):
         targets.loss(run_with(function, "trusted_packages=[mypackage]"))
 
 
+def test_a_loss_of_another_stage_is_told_so():
+    run = compose([*GIVEN, "stage=distill", "stage.teacher=some/teacher", "loss=dft"])
+    told = (
+        "asks for logps, weight; expected a loss of stage=distill, which offers student_logps, teacher_logps"
+    )
+    with pytest.raises(ConfigError, match=f"{told}, weight; type loss=forward_kl"):
+        targets.loss(run)
+
+
 @pytest.mark.parametrize(
     ("function", "more", "told"),
     [

@@ -1,4 +1,4 @@
-"""Mistakes on the way to preferences and rewards: status 2, what was meant, no weight read.
+"""Mistakes on the way to preferences, rewards and teachers: status 2, what was meant, no weight read.
 
 The model's weights are cut in half, so that whoever reads them fails in another way.
 """
@@ -43,6 +43,14 @@ MISTAKES = {
         ["stage=grpo", f"reward.functions=[{{_target_: {REWARDS}.exact, feild: answer}}]"],
         ["reward.functions[0].feild", "no such keyword", "reward.functions[0].field"],
     ),
+    "a teacher of other words": (
+        ["stage=distill", "stage.teacher=stranger", "data.train=[{path: sft.jsonl}]"],
+        ["stage.teacher:", "stranger has another vocabulary than model.path="],
+    ),
+    "more candidates than tokens": (
+        ["stage=distill", "stage.teacher=model", "stage.top_k=401", "data.train=[{path: sft.jsonl}]"],
+        ["stage.top_k=401: both models know 400 tokens", "type stage.top_k=null"],
+    ),
     "no reward": (["stage=grpo"], ["stage grpo and nothing that rewards", "reward=verifier"]),
     "a model that writes as a judge": (
         ["stage=ppo", "reward=model", "reward.model=model"],
@@ -65,6 +73,12 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("refusals")
     weights = tiny.write(place / "model", tied=True) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    stranger = tiny.write(place / "stranger", tied=True)
+    words = tiny.tokenizer()
+    words.add_tokens(["<stranger>"])
+    words.save_pretrained(stranger)
+    config = json.loads((stranger / "config.json").read_text())
+    (stranger / "config.json").write_text(json.dumps(config | {"vocab_size": len(words)}))
     prompt = [{"role": "user", "content": "one two"}]
     rows = {
         "sft": {"messages": [*prompt, {"role": "assistant", "content": "two one"}]},

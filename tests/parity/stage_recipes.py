@@ -1,4 +1,4 @@
-"""One small run of every stage that learns from judgements, through the composed configuration."""
+"""One small run of every stage that learns from judgements or a teacher, through the whole configuration."""
 
 from __future__ import annotations
 
@@ -40,6 +40,24 @@ STAGES: dict[str, dict[str, Any]] = {
         "stage.epochs": 2,
         "rollout.samples": 4,
     },
+    "distill": {
+        "stage": "distill",
+        "data": "chats",
+        "stage.top_k": 8,
+        "stage.sft_share": 0.25,
+        "optim.lr": 5e-3,
+    },
+    "on_policy": {
+        "stage": "grpo",
+        "data": "prompts",
+        "stage.advantages": "teacher",
+        "stage.averaging": "token",
+        "reward.functions": REWARDS,  # reported, and not learnt from
+        "stage.prompts": 24,
+        "stage.epochs": 2,
+        "rollout.samples": 1,
+        "loss.kl": 0.0,
+    },
 }
 """By name: the overrides of a run; `data` names one of the files of `write`."""
 
@@ -48,13 +66,13 @@ OF_THE_RANKS = ("seconds", "tokens_per_s", "peak_memory_bytes", "micros", "packi
 
 
 def write(place: Path, model: Path) -> Path:
-    """Pairs, labelled answers and prompts of very uneven length, and a reward model."""
+    """Pairs, labelled answers, prompts and chats of very uneven length, a reward model and a teacher."""
     draw = random.Random(0)
 
     def say(most: int) -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
 
-    rows: dict[str, list[dict[str, Any]]] = {"pairs": [], "labelled": [], "prompts": []}
+    rows: dict[str, list[dict[str, Any]]] = {"pairs": [], "labelled": [], "prompts": [], "chats": []}
     for row in range(60):
         prompt = [{"role": "user", "content": say(10)}]
         one, other = f"{say(3 if row % 3 else 16)}.", f"{say(6)}!"
@@ -63,9 +81,25 @@ def write(place: Path, model: Path) -> Path:
             {"prompt": prompt, "completion": one if row % 2 else other, "label": bool(row % 2)}
         )
         rows["prompts"].append({"prompt": prompt})
+        rows["chats"].append({"messages": [*prompt, {"role": "assistant", "content": one}]})
     for name, lines in rows.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _write_judge(place / "judge", model)
+    write_teacher(place / "teacher", model)
+    return place
+
+
+def write_teacher(place: Path, model: Path, *, more_rows: int = 0) -> Path:
+    """A wider, shallower model of the same words with sharp opinions; `more_rows` stand for no token."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = AutoConfig.from_pretrained(
+        model, hidden_size=48, num_hidden_layers=2, initializer_range=0.2, tie_word_embeddings=False
+    )
+    config.vocab_size += more_rows
+    LlamaForCausalLM(config).float().save_pretrained(place)
+    AutoTokenizer.from_pretrained(model).save_pretrained(place)
     return place
 
 
@@ -85,6 +119,10 @@ def arguments(kind: str, place: Path, model: Path, **changes: Any) -> list[str]:
     data = chosen.pop("data")
     if chosen.get("reward") == "model":
         chosen |= {"reward.model": place / "judge", "stage.critic": place / "judge"}
+    if chosen["stage"] == "distill":
+        chosen["stage.teacher"] = place / "teacher"
+    if chosen.get("stage.advantages") == "teacher":
+        chosen["stage.reference_path"] = place / "teacher"
     values = {
         "model.path": model,
         "data.train": f"[{{path: {place}/{data}.jsonl}}]",

@@ -1,4 +1,4 @@
-"""Reward, DPO, KTO, PPO and GRPO on 1, 2 and 4 ranks under every strategy: one curve, one set of answers.
+"""All stages that learn from judgements or a teacher, on 1, 2 and 4 ranks, under every strategy: one curve.
 
 Everything goes through the composed configuration: tokenising, packing with shared prompts, references,
 rollouts, rewards in processes of their own, couplings over the world.
@@ -9,6 +9,7 @@ import stage_recipes
 
 STEPS = 10
 AT_FOUR = {"reward": "ddp", "dpo": "zero3", "kto": "fsdp", "ppo": "fsdp", "grpo": "ddp"}
+AT_FOUR |= {"distill": "fsdp", "on_policy": "zero3"}
 CELLS = [
     pytest.param(kind, size, strategy, marks=pytest.mark.slow)
     if size == 4 and AT_FOUR[kind] != strategy
@@ -67,7 +68,7 @@ def test_the_curves_are_worth_comparing(kind, alone):
     first, last = run["lines"][0], run["lines"][-1]
     assert max(run["micros"]) > 2
     assert all(line["grad_norm"] > 1e-3 for line in run["lines"])
-    if kind in ("ppo", "grpo"):
+    if kind in ("ppo", "grpo", "on_policy"):
         assert len(run["rollouts"]) == 3
         assert len({tuple(ids) for ids in map(tuple, run["tokens"])}) == 3
         assert max(line["approx_kl"] for line in run["lines"]) > 1e-4

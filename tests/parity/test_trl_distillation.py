@@ -1,90 +1,92 @@
 """The losses of TRL's distillation trainer, step by step, on scripted answers.
 
-No stage distils, so ours are plain pieces: the loss, the global token mean, the optimizer. The models are
-transformers' own on both sides; what is compared is the divergence, its mean and its gradient.
+To TRL they are the student's own answers, to `stage=distill` rows of data: the tokens are the same, and so
+are the divergence over the whole vocabulary, its mean and its gradient.
 """
 
 import pytest
 import torch
 import trl_recipes
-from test_trl_online import PROMPTS, SAMPLES, TEMPERATURE, answers, prompts
-
-from framework.losses.distill import generalised_jsd
-from framework.train.optim import adamw
+import workers
 
 trl = pytest.importorskip("trl")
 
-
-def rows(words):
-    """[(prompt, answer)] token ids: the first answer to each prompt, a step's after the other's."""
-    ids = [words(row["prompt"])["input_ids"] for row in prompts()]
-    return [(prompt, answers(prompt, words.eos_token_id)[i % SAMPLES]) for i, prompt in enumerate(ids)]
+TEMPERATURE = 0.9
 
 
-def teacher(model):
-    """The student's structure with other weights."""
-    found = trl_recipes.causal(model)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model_dir):
+    """Prompts with completions, and the student's structure with other weights."""
+    place = tmp_path_factory.mktemp("trl-distillation")
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in trl_recipes.pairs()]
+    trl_recipes.write(place / "rows.jsonl", rows)
+    lm = trl_recipes.causal(tiny_model_dir)
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in lm.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    lm.save_pretrained(place / "teacher")
+    trl_recipes.tokenizer(tiny_model_dir).save_pretrained(place / "teacher")
+    return place
+
+
+def ours(place, model, beta):
+    line = trl_recipes.line(
+        model,
+        place / "rows.jsonl",
+        stage="distill",
+        stage__teacher=place / "teacher",
+        stage__top_k="null",
+        stage__temperature=TEMPERATURE,
+        loss="jsd",
+        loss__beta=beta,
+    )
+    (found,) = workers.run(1, curve, line)
     return found
 
 
-def ours(model, words, beta):
-    student, master = trl_recipes.causal(model), teacher(model).eval()
-    optimizer = adamw(student.named_parameters(), betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group["lr"] = trl_recipes.LR
-    losses, norms = [], []
-    pairs = rows(words)
-    for step in range(trl_recipes.STEPS):
-        taken = pairs[step * PROMPTS : (step + 1) * PROMPTS]
-        units = sum(len(answer) for _, answer in taken)
-        total = 0.0
-        for prompt, answer in taken:
-            ids = torch.tensor([[*prompt, *answer]])
-            keep = slice(len(prompt) - 1, -1)
+def curve(world, line):
+    """Losses and norms of five steps, and (prompt, answer) token ids of every row."""
+    import stage_recipes
 
-            def logps(lm, ids=ids, keep=keep):
-                return (lm(input_ids=ids, use_cache=False).logits[0, keep] / TEMPERATURE).log_softmax(-1)
+    from framework.config import build, compose
 
-            with torch.no_grad():
-                theirs = logps(master)
-            loss = generalised_jsd(logps(student), theirs, torch.ones(len(answer)), beta=beta).total() / units
-            loss.backward()
-            total += loss.item()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses, norms
+    table = build.prepare(compose.compose(line)).tables[0]
+    found = stage_recipes.curve(world, line, steps=trl_recipes.STEPS)["lines"]
+    pairs = []
+    for ids, trained in map(table.example, range(len(table))):
+        first = int(trained.argmax())
+        assert trained[first:].all()
+        pairs.append((ids[:first].tolist(), ids[first:].tolist()))
+    return [each["loss"] for each in found], [each["grad_norm"] for each in found], pairs
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_divergences(beta, tiny_model_dir, tmp_path):
+def test_divergences(beta, place, tiny_model_dir, tmp_path):
     from datasets import Dataset
 
-    words = trl_recipes.tokenizer(tiny_model_dir)
-    settings = trl_recipes.THEIRS | {"per_device_train_batch_size": PROMPTS}
+    our_losses, our_norms, pairs = ours(place, tiny_model_dir, beta)
     trainer = trl.DistillationTrainer(
         model=trl_recipes.causal(tiny_model_dir),
-        teacher_model=teacher(tiny_model_dir),
+        teacher_model=trl_recipes.causal(place / "teacher"),
         args=trl.DistillationConfig(
-            output_dir=str(tmp_path), beta=beta, temperature=TEMPERATURE, shuffle_dataset=False, **settings
+            output_dir=str(tmp_path),
+            beta=beta,
+            temperature=TEMPERATURE,
+            shuffle_dataset=False,
+            **trl_recipes.THEIRS,
         ),
-        train_dataset=Dataset.from_list(prompts()),
-        processing_class=words,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in trl_recipes.pairs()]),
+        processing_class=trl_recipes.tokenizer(tiny_model_dir),
     )
-    script = {tuple(prompt): answer for prompt, answer in rows(words)}
+    script = iter(pairs)
 
-    def generate(given):
-        ids = [words(prompt)["input_ids"] for prompt in given]
-        return ids, [script[tuple(prompt)] for prompt in ids], None, None, None
+    def generate(prompts):
+        taken = [next(script) for _ in prompts]
+        return [prompt for prompt, _ in taken], [answer for _, answer in taken], None, None, None
 
     trainer._generate = generate
     losses, norms = trl_recipes.Theirs(trainer).train()
-    our_losses, our_norms = ours(tiny_model_dir, words, beta)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
     assert our_losses == pytest.approx(losses, rel=2e-5)
     assert our_norms == pytest.approx(norms, rel=2e-5)

@@ -76,8 +76,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def ours(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
-    """Losses and norms of five steps through the composed configuration, and the rows' tokens."""
+def line(model: Path, data: Path, **changes: Any) -> list[str]:
+    """A command line with the numbers of `OURS`."""
     values = {
         "model.path": model,
         "data.train": f"[{{path: {data}}}]",
@@ -85,7 +85,12 @@ def ours(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
         "run_dir": data.parent / "run",
     }
     values |= OURS | {name.replace("__", "."): value for name, value in changes.items()}
-    (found,) = workers.run(1, curve, [f"{name}={value}" for name, value in values.items()])
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def ours(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    """Losses and norms of five steps through the composed configuration, and the rows' tokens."""
+    (found,) = workers.run(1, curve, line(model, data, **changes))
     return found
 
 

@@ -57,7 +57,7 @@ def test_ways_to_compare_answers(name, golden):
     torch.testing.assert_close(per_answer(experience(), name), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"teacher"}))  # which reads no reward
 def test_a_failed_reward_is_as_if_the_answer_had_not_been(name):
     rewards = [[1.0, math.nan, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5]]
     lengths = [[3, 5, 2, 6], [2, 2, 2, 2]]
@@ -84,6 +84,16 @@ def test_reinforce_plus_plus_pays_each_token_what_is_still_to_come():
     ).estimate(e)
     plain = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
     torch.testing.assert_close(learnt.advantages, (plain - plain.mean()) / plain.std(), atol=1e-6, rtol=0)
+
+
+def test_a_teacher_pays_each_token_by_itself_and_reads_no_reward():
+    """log T - log S: -1 + 2, -3 + 0.5, and nothing for the answer that is masked."""
+    e = experience([[9.0, -9.0]], [[2, 1]], old_logps=[-2.0, -0.5, -1.0], reference_logps=[-1.0, -3.0, 0.0])
+    e = replace(e, counted=torch.tensor([True, False]))
+    method = Grpo(LOSS, temperature=1.0, advantages="teacher")
+    assert method.wants_reference
+    learnt, _ = method.estimate(e)
+    assert learnt.advantages.tolist() == [1.0, -2.5, 0.0]
 
 
 def test_masked_answers_are_compared_but_not_trained_on():

@@ -1,0 +1,129 @@
+"""Distillation on given text: a student's distribution towards a teacher's at every trained token.
+
+The teacher is asked once a step, before any gradient, for its likeliest tokens; what it said travels with
+the micro-batches, so the objective is one pass of the student and a pure loss. Letters: K trained positions,
+k of n tokens that both models have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from framework.batch import Batch, Distribution, TaughtBatch
+from framework.losses.distill import truncated
+from framework.losses.guard import require
+from framework.losses.inputs import inputs
+from framework.losses.items import Items, Objective
+from framework.stages.base import Term
+from framework.stages.sft import Loader, Supervised, by_source
+from framework.strategy.base import Engine, Frozen
+
+INPUTS = ("student_logps", "teacher_logps", "weight")
+"""What a divergence may ask for by name: distributions in nats, [K, k] or [K, k + 1], and weights [K]."""
+
+
+class Teacher:
+    """A frozen model that says of every trained position what it would have written there.
+
+    `distribution` asks for its likeliest tokens or for all.
+    """
+
+    def __init__(self, frozen: Frozen, distribution: Distribution) -> None:
+        self.frozen, self.distribution = frozen, distribution
+
+    def __call__(self, batch: Batch) -> TaughtBatch:
+        """The same micro-batch with the teacher's answers. Collective."""
+        outputs = self.frozen(batch, distribution=self.distribution)
+        return TaughtBatch(
+            **vars(batch), teacher_ids=outputs.candidate_ids, teacher_logps=outputs.candidate_logps
+        )
+
+
+class Taught(Sequence[TaughtBatch]):
+    """Held-out micro-batches of which the teacher is asked one at a time, whenever they are walked.
+
+    Its answers are too large to be kept for all of them. Collective, so all ranks must walk together.
+    """
+
+    def __init__(self, micros: Sequence[Batch], teacher: Teacher) -> None:
+        self._micros, self._teacher = micros, teacher
+
+    def __len__(self) -> int:
+        return len(self._micros)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self._micros[index]
+        return Taught(chosen, self._teacher) if isinstance(index, slice) else self._teacher(chosen)
+
+    def __iter__(self) -> Iterator[TaughtBatch]:
+        return map(self._teacher, self._micros)
+
+
+class DistillObjective:
+    """A forward pass of the student at the teacher's tokens, then a divergence per trained token.
+
+    `loss` is a pure function of two distributions, see `INPUTS`; `distribution` is the one that the teacher
+    was asked with. Where the teacher named k < n tokens, `rest` says what becomes of the others
+    (`losses.distill.truncated`), alike for both models. A token costs (1 - a) times its divergence plus a
+    times its plain cross-entropy, a = `sft_share` in [0, 1): at a temperature T the gradient of the first is
+    smaller by about T^2, which nothing here makes up for.
+
+    The metric `nll` is that cross-entropy in nats, of the student at temperature 1; `sources` as in
+    `stages.sft`. Raises ValueError for a share outside its range.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Items],
+        distribution: Distribution,
+        *,
+        rest: Literal["renormalise", "bucket"],
+        sft_share: float = 0.0,
+        sources: Sequence[str] = (),
+    ) -> None:
+        require("sft_share", sft_share, least=0, below=1)
+        self.loss = loss
+        self.inputs = inputs(loss)
+        self.distribution = replace(distribution, likeliest=None)
+        self.rest: Literal["renormalise", "bucket"] = rest
+        self.sft_share = sft_share
+        self.sources = sources
+
+    def __call__(self, engine: Engine, batch: TaughtBatch) -> Items:
+        batch = batch.to(engine.world.device)
+        asked = replace(self.distribution, ids=batch.teacher_ids)
+        outputs = engine(batch, distribution=asked)
+        student, teacher = outputs.candidate_logps, batch.teacher_logps
+        if teacher.shape[1] < asked.vocabulary:
+            student, teacher = (truncated(logps, rest=self.rest) for logps in (student, teacher))
+        offered = {"student_logps": student, "teacher_logps": teacher, "weight": batch.weights}
+        items = self.loss(**{name: offered[name] for name in self.inputs})
+        loss = items.loss
+        if self.sft_share:
+            loss = (1.0 - self.sft_share) * loss - self.sft_share * outputs.logps
+        metrics = {"nll": -outputs.logps.detach(), **items.metrics}
+        return by_source(Items(loss, items.weight, metrics), batch, self.sources)
+
+
+class Distillation(Supervised):
+    """A `Stage` of supervised data whose micro-batches bring the teacher's answers along."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        objective: Objective,
+        held_out: Mapping[str, Sequence[Batch]],
+        held_out_objective: Objective,
+        *,
+        teacher: Teacher,
+    ) -> None:
+        sets = {name: Taught(micros, teacher) for name, micros in held_out.items()}
+        super().__init__(loader, objective, sets, held_out_objective)
+        self.teacher = teacher
+
+    def next(self, step: int) -> Sequence[Term]:
+        """The one term of this step. Collective: the teacher answers for all of its micro-batches."""
+        (term,) = super().next(step)
+        return [replace(term, micros=[self.teacher(batch) for batch in term.micros])]
