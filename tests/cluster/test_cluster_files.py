@@ -21,7 +21,7 @@ FLAGS_WITH_VALUES = {
 
 def settings(words):
     """What stands behind launch/train.py or launch/slurm.sbatch; `...` is the model and the data."""
-    words = list(words)
+    words = [word.removeprefix("/opt/sapwood/") for word in words]  # where the image has it
     (at,) = [i for i, word in enumerate(words) if word in ("launch/train.py", "launch/slurm.sbatch")]
     assert (ROOT / words[at]).is_file()
     told = [GIVEN if word == "..." else [word] for word in words[at + 1 :]]
@@ -101,7 +101,7 @@ def test_the_commands_of_the_page_compose(line):
 
 def test_the_page_names_files_that_exist():
     assert len(commands()) >= 8
-    for name in re.findall(r"\b(?:launch|docker|tests)/[\w./-]+", PAGE):
+    for name in re.findall(r"\b(?:launch|docker|tests)/[\w./-]+\w", PAGE):
         assert (ROOT / name).exists(), name
     for key in re.findall(r"`launch\.(\w+)", PAGE):
         assert key in (ROOT / "conf" / "launch" / "local.yaml").read_text()

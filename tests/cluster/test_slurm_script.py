@@ -211,6 +211,7 @@ def test_a_real_run_goes_over_the_time_limit(sbatch, tmp_path, tiny_model_dir):
         "checkpoint.every=null",
         "checkpoint.export=false",
         "tracker.report=false",
+        "retain.builtin=false",
         "steps=2000",
     ]
     process = sbatch(*command, root=ROOT)
