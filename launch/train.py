@@ -10,6 +10,7 @@ Exit status: 0 done, 2 refused (nothing was loaded), 3 stopped with a checkpoint
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -25,18 +26,19 @@ if importlib.util.find_spec("framework") is None:  # not installed: the reposito
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from framework.cluster import directory, environ, schedulers, worker
+from framework.cluster.child import Children
 from framework.cluster.machines import Alone, Machines, gathered
-from framework.config import compose, record
+from framework.config import compose, jobs, record, sweeps
 from framework.config.schema import Run
 from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, SapwoodError, UserError
 
 TELL_EVERY_S = 2.0  # tokenising a large file takes minutes, and silence looks like a hang
 WORKER = "--worker"  # how our own gang starts this file, with the path of a run
+JOB = "--job"  # how a sweep starts it, likewise
+KEEP = "--keep"  # how the command of a sweep starts it, with what was typed
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Parts:
 
     prepare: Callable[[Run], None]  # once on each machine, before any worker
     work: Callable[[Run], int]  # on every rank; its exit status
-    worker: Sequence[str]  # python's arguments for one rank; the path of the run comes after them
+    program: Path  # what starts this again: for one rank, for one job of a sweep
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,20 @@ class Outcome:
 
     status: int
     objective: float | None = None
+    error: str | None = None  # last line of what a failure said
+    ended_by: int | None = None  # the signal that ended a rank
 
 
 def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) -> NoReturn:
     """The whole command. Ends the process."""
     arguments = environ.strip_launcher_arguments(sys.argv[1:] if arguments is None else arguments)
-    parts = parts or Parts(_prepare, _work, (__file__, WORKER))
+    parts = parts or Parts(_prepare, _work, Path(__file__))
     if arguments[:1] == [WORKER]:
         worker.run(lambda: parts.work(record.unpacked(Path(arguments[1]).read_text())))
+    if arguments[:1] == [JOB]:
+        job(Path(arguments[1]), parts)
+    if arguments[:1] == [KEEP]:
+        sys.exit(sweeps.keep(arguments[1:], program=(str(parts.program), JOB)))
     try:
         place = environ.place(os.environ)
         if place is not None:
@@ -75,45 +83,41 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
 
 
 def launch(arguments: Sequence[str], parts: Parts) -> NoReturn:
-    """Hydra makes one run of the arguments, or the runs of a sweep; each gets its own gang.
-
-    In a sweep a run that fails is noted and the next one starts; a stop ends the sweep.
-    """
+    """Hydra makes one run of the arguments, or the runs of a sweep; each gets its own gang."""
     node = schedulers.node(os.environ)
     arguments = [*(node.overrides() if node else ()), *arguments]
-    compose.check(arguments)
-    asked = compose.command(arguments)
-    flags, overrides = list(arguments), list(asked.overrides)
-    for override in overrides:
+    typed = sweeps.settings(arguments)
+    compose.check(typed)
+    asked = compose.command(typed)
+    if asked.multirun and not asked.asks:
+        with Children() as children:  # a terminal's signals reach the sweep through this process alone
+            sys.exit(children.run([sys.executable, str(parts.program), KEEP, *arguments]))
+    flags = list(typed)
+    for override in asked.overrides:
         flags.remove(override)
-    if asked.multirun and not any(text.startswith("hydra.sweep.dir=") for text in overrides):
-        overrides.append(f"hydra.sweep.dir='{compose.sweep_dir(overrides)}'")
-    outcomes: list[tuple[str, Outcome]] = []
+    outcomes: list[Outcome] = []
 
-    def task(config: DictConfig) -> float | None:
-        run_dir = "a run"
+    def task(config: DictConfig) -> None:
         try:
-            run = compose.composed(config)
-            run_dir = run.run_dir
-            outcome = start(run, parts)
+            outcomes.append(start(compose.composed(config), parts))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            outcome = Outcome(REFUSED)
-        outcomes.append((run_dir, outcome))
-        stopped = outcome.status == INTERRUPTED or outcome.status > 128
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        if outcome.status != DONE and (stopped or not sweeping):
-            raise SystemExit(outcome.status)  # not an Exception: after one Hydra starts the next job
-        return outcome.objective
+            outcomes.append(Outcome(REFUSED))
 
-    sys.argv[1:] = [*overrides, *flags]  # Hydra does not read settings on both sides of a flag
+    sys.argv[1:] = [*asked.overrides, *flags]  # Hydra does not read settings on both sides of a flag
     hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")(task)()
-    failed = [(run_dir, outcome.status) for run_dir, outcome in outcomes if outcome.status != DONE]
-    for run_dir, status in failed:
-        print(f"failed with status {status}: {run_dir}", file=sys.stderr)
-    if asked.multirun and not asked.asks:
-        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs done", file=sys.stderr)
-    sys.exit(failed[0][1] if failed else DONE)
+    sys.exit(outcomes[0].status if outcomes else DONE)
+
+
+def job(file: Path, parts: Parts) -> NoReturn:
+    """One job of a sweep, in a process of its own. Its last words go beside `file`, where the sweep looks."""
+    try:
+        outcome = start(record.unpacked(file.read_text()), parts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        outcome = Outcome(REFUSED, error=str(error))
+    file.with_name(jobs.OUTCOME).write_text(json.dumps(asdict(outcome)))
+    sys.exit(outcome.status)
 
 
 def start(run: Run, parts: Parts) -> Outcome:
@@ -160,7 +164,9 @@ def start(run: Run, parts: Parts) -> Outcome:
     except SapwoodError as error:  # a worker, or another machine
         of_worker = isinstance(error, worker.WorkerFailed)
         print(error if of_worker else f"error: {error}", file=sys.stderr)
-        return Outcome(REFUSED if of_worker and error.status == REFUSED else worker.FAILED)
+        status = REFUSED if of_worker and error.status == REFUSED else worker.FAILED
+        ended_by = -error.status if of_worker and error.status < 0 else None
+        return Outcome(status, error=_last_words(error), ended_by=ended_by)
 
 
 def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals | None:
@@ -173,11 +179,11 @@ def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals
         handed.write_text(record.packed(_resumable(run)))
         print(f"{run.run_dir}: starting {options.nproc} processes", file=sys.stderr)
         return gang.launch(
-            [sys.executable, *parts.worker, str(handed)],
+            [sys.executable, str(parts.program), WORKER, str(handed)],
             nproc=options.nproc,
             log_dir=Path(run.run_dir) / directory.LOGS,
             machines=machines,
-            run_id=run.identity(),
+            run_id=run.identity() if options.nnodes > 1 else Path(run.run_dir).name,
             threads=options.threads,
             grace_s=options.grace_s,
             timeout_s=options.timeout_s,
@@ -255,6 +261,13 @@ def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
         if place.rank == 0:
             keep(run)
         return parts.work(run)
+
+
+def _last_words(error: SapwoodError) -> str:
+    """What a failure comes down to: of a traceback the last line, and whose it was."""
+    *_, said, who = ["", *str(error).splitlines()]
+    who = who.removeprefix("error: ")
+    return f"{said.strip()} ({who})" if said else who
 
 
 def _same(decisive: dict[str, Any], run: Run) -> None:

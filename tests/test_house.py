@@ -36,6 +36,7 @@ HOMES = {
     "datasets": ("data/sources.py",),
     "reasoning_gym": ("data/tasks.py",),
     "math_verify": ("rollout/rewards.py",),
+    "optuna": ("config/search.py",),
     "hydra": ("config/",),
     "omegaconf": ("config/",),
     "pydantic": ("config/",),

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,25 @@ def held(directory: Path) -> Iterator[None]:
         file.close()
         with contextlib.suppress(OSError):  # not empty
             directory.rmdir()
+
+
+def wait_for(directory: Path, patience_s: float) -> bool:
+    """Wait until no process trains in `directory`; False when one still does after that many seconds.
+
+    Not for the process that holds it: to look would be to let go.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with (directory / "lock").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
 
 
 def result(directory: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ Nothing here imports torch, so a mistyped key is refused in a fraction of a seco
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 import framework
-from framework.config import explain, targets
+from framework.config import explain, space, sweeping, targets
 from framework.config.record import withheld
 from framework.config.schema import Run, digest
 from framework.config.settle import validated
@@ -112,9 +113,25 @@ def check(argv: Sequence[str], *, config_name: str = "train") -> None:
     losses = {}
     for overrides in _jobs(asked):
         run = _single(asked, overrides)
+        if asked.multirun and run.launch.nnodes > 1:
+            raise ConfigError(
+                f"launch.nnodes: found {run.launch.nnodes} machines for the whole sweep; expected one, which "
+                "keeps it; to give each job several, start it on one and type hydra/launcher=submitit_slurm "
+                f"hydra.launcher.nodes={run.launch.nnodes}"
+            )
         losses[run.loss.model_dump_json()] = run
     for run in losses.values():
         targets.loss(run)
+
+
+def line(arguments: Sequence[str]) -> str:
+    """The command of a run or a sweep as a person would type it."""
+    return "python launch/train.py " + shlex.join(arguments)
+
+
+def launcher(asked: Command) -> str:
+    """The class of Hydra's that is to start the jobs of a sweep."""
+    return str(_compose(asked, _first(asked)).hydra.launcher._target_)
 
 
 def composed(config: DictConfig) -> Run:
@@ -131,13 +148,15 @@ def composed(config: DictConfig) -> Run:
 def sweep_dir(overrides: Sequence[str]) -> Path:
     """runs/sweep-<hash>: where a sweep's jobs are kept, the same one for the same command.
 
-    To be handed to Hydra as `hydra.sweep.dir`; how the jobs are launched and watched does not count.
+    To be handed to Hydra as `hydra.sweep.dir`; how the jobs are launched, watched and how many there are does
+    not count.
     """
     incidental = ("launch", "tracker", "hydra", "checkpoint")
     telling = sorted(
         text
         for override, text in zip(_parse(overrides), overrides, strict=True)
-        if override.key_or_group.partition(".")[0].partition("/")[0] not in incidental
+        if override.key_or_group.startswith("hydra.sweeper.params")
+        or override.key_or_group.partition(".")[0].partition("/")[0] not in incidental
     )
     return Path("runs", f"sweep-{digest({'overrides': telling})}").absolute()
 
@@ -152,14 +171,19 @@ def _jobs(asked: Command) -> Iterator[list[str]]:
     if not asked.multirun:
         yield list(asked.overrides)
         return
-    given = _parse(asked.overrides)
-    values = {override.get_key_element(): _values(override) for override in given}
+    typed = {override.get_key_element(): override for override in _parse(asked.overrides)}
+    hydra = _compose(asked, _first(asked)).hydra
+    settings = sweeping.check(hydra)
+    params = hydra.sweeper.get("params") or {}
+    for override in _parse([f"{key}={value}" for key, value in params.items()]):
+        typed.setdefault(override.get_key_element(), override)
+    searched = isinstance(settings, sweeping.Search)
+    values = {
+        key: space.dimension(override).values if searched else space.listed(override)
+        for key, override in typed.items()
+    }
     if len(values.get("run_dir", ())) == 1:
         raise ConfigError("run_dir: one directory for all jobs of a sweep; expected one each; leave it out")
-    first = [f"{key}={options[0]}" for key, options in values.items()]
-    sweeper = _compose(asked, first).hydra.sweeper
-    for override in _parse([f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]):
-        values.setdefault(override.get_key_element(), _values(override))
     first = [f"{key}={options[0]}" for key, options in values.items()]
     yield first
     for position, (key, options) in enumerate(values.items()):
@@ -167,13 +191,9 @@ def _jobs(asked: Command) -> Iterator[list[str]]:
             yield [*first[:position], f"{key}={option}", *first[position + 1 :]]
 
 
-def _values(override: Override) -> list[str]:
-    """The values an override goes through, as text that Hydra's grammar reads back."""
-    if override.is_sweep_override():
-        if not override.is_discrete_sweep():
-            raise ConfigError(f"{override.input_line}: no list of values; type KEY=A,B,C")
-        return list(override.sweep_string_iterator())
-    return [override.get_value_element_as_str()]
+def _first(asked: Command) -> list[str]:
+    """The overrides with the first value of each."""
+    return [f"{o.get_key_element()}={space.dimension(o).values[0]}" for o in _parse(asked.overrides)]
 
 
 def _one_of_two(overrides: Sequence[str]) -> None:
@@ -198,6 +218,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _compose(asked: Command, overrides: Sequence[str]) -> DictConfig:
     """The composed tree with its `hydra` node."""
     _parse(overrides)
+    sweeping.register()
     own = [] if asked.config_dir is None else [f"hydra.searchpath=['file://{asked.config_dir}']"]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

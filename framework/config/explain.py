@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from framework.config import describe, names
 from framework.config.names import Place, nearest
+from framework.config.sweeping import INSTALL, mistyped
 
 EXAMPLES = {
     "model.path": "model.path=DIRECTORY_OR_HUB_ID",
@@ -77,7 +78,15 @@ def composition(error: Exception, overrides: Sequence[str], directories: Sequenc
     for override in parsed(overrides):
         if (fault := _fault(override, text, groups, places)) is not None:
             return fault
+    if key := re.search(r"Could not override 'hydra\.sweeper\.(\w+)'", text):
+        return f"hydra.sweeper.{key[1]}: no such key; {mistyped(key[1])}"
     if choice := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        if choice[1] == "hydra/launcher":
+            known = "basic, joblib, submitit_local, submitit_slurm"
+            return (
+                f"hydra/launcher={choice[2]}: not installed; expected one of {known}; "
+                f"type {INSTALL} for those besides basic"
+            )
         where = re.match(r"In '([^']+)'", text)
         head = f"conf/{where[1]}.yaml: " if where else ""
         return head + _no_choice(choice[1], choice[2], groups)

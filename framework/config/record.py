@@ -65,7 +65,6 @@ def unpacked(text: str) -> Run:
 
 def shown(run: Run) -> dict[str, Any]:
     """The whole tree as JSON, fit for files, dashboards and reports."""
-    secrets = _secret_values(os.environ)
 
     def show(value: Any, where: Path_) -> Any:
         if where in run._withheld:
@@ -74,12 +73,17 @@ def shown(run: Run) -> dict[str, Any]:
             return value
         if any(isinstance(part, str) and _SECRET.search(part) for part in where):
             return HIDDEN
-        for secret in secrets:
-            value = value.replace(secret, HIDDEN)
-        return _IN_URL.sub(HIDDEN, value)
+        return hidden(value)
 
     tree: dict[str, Any] = _walk(run.model_dump(mode="json"), show)
     return tree
+
+
+def hidden(text: str) -> str:
+    """A line that was typed or said, without secrets of the environment and of URLs."""
+    for secret in _secret_values(os.environ):
+        text = text.replace(secret, HIDDEN)
+    return _IN_URL.sub(HIDDEN, text)
 
 
 def saved(run: Run) -> str:

@@ -113,6 +113,17 @@ pre {{
 article > pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 article h2 {{ margin-top: 0; }}
 .scroll {{ overflow-x: auto; }}
+.pictures figure.wide {{ grid-column: 1 / -1; }}
+.axis {{ stroke: var(--faint); }}
+.pictures .wide text {{ paint-order: stroke; stroke: var(--card); stroke-width: 4px; }}
+svg text.name {{ fill: var(--ink); font-weight: 600; }}
+path.best {{ stroke-width: 3; }} path.run {{ stroke-width: 1.6; }}
+path.run:hover {{ stroke-opacity: 1 !important; stroke-width: 3; }}
+path.front {{ stroke: var(--good); stroke-dasharray: 4 4; stroke-width: 1.4; }}
+circle.best {{ fill: var(--good); }} circle.run {{ fill: var(--line-2); fill-opacity: .55; }}
+tr.best td {{ color: var(--good); font-weight: 600; }}
+.words td:not(:first-child), .words th:not(:first-child) {{ text-align: left; white-space: normal; }}
+a {{ color: inherit; }}
 @media print {{ body {{ max-width: none; }} figure, article {{ break-inside: avoid; }} }}
 </style>
 </head>

@@ -146,17 +146,53 @@ def test_hydras_questions_are_answered(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_in_a_sweep_a_crash_does_not_stop_the_next_run(tmp_path):
-    status, _, err = finish(start("-m", "seed=13,2", cwd=tmp_path))
+def test_a_sweep_loses_a_crashed_and_a_killed_job_and_no_other(tmp_path):
+    """Six jobs of two workers: 13's rank 1 crashes, 14's is killed. Four results; the same line again makes
+    the fifth and starts nothing else; the crash stays on record."""
+    sweep = ("-m", "seed=1,13,14,2,3,4")
+    status, _, err = finish(start(*sweep, cwd=tmp_path), timeout_s=400)
     assert status == 1
-    assert err.count("RuntimeError: the thirteenth") == 1
-    assert "1 of 2 runs done" in err
+    assert "4 of 6 runs done" in err
+    assert "job 1 failed: RuntimeError: the thirteenth (rank 1 " in err
+    assert re.search(r"job 2 killed: rank 1 \(process \d+\) was ended by SIGKILL", err), err
+    assert (tmp_path / "prepared.txt").read_text().split() == "1 13 14 2 3 4".split()
+    status, _, err = finish(start(*sweep, cwd=tmp_path), timeout_s=200)
+    assert status == 1
+    assert "5 of 6 runs done" in err
+    assert (tmp_path / "prepared.txt").read_text().split() == "1 13 14 2 3 4 14".split()
     found = {yaml.safe_load((path / "config.yaml").read_text())["seed"]: path for path in runs(tmp_path)}
-    assert found[2].parent == found[13].parent
-    assert found[2].parent.name.startswith("sweep-")
-    assert result(found[2])["status"] == "done"
-    assert result(found[13])["status"] == "failed"
-    assert "rank 1 " in result(found[13])["error"]
+    (sweep_dir,) = {path.parent for path in found.values()}
+    assert sweep_dir.name.startswith("sweep-")
+    results = {seed: result(path) for seed, path in found.items()}
+    assert results.pop(13)["error"].startswith("error: rank 1 ")
+    assert results == {seed: {"status": "done", "objective": float(seed)} for seed in (1, 14, 2, 3, 4)}
+    rows = [float(text) for text in re.findall(r"job \d+</td><td>([\d.]+)</td>", page(sweep_dir))]
+    assert rows == [1, 2, 3, 4, 14]  # best first
+
+
+def page(sweep_dir):
+    return (sweep_dir / "report.html").read_text()
+
+
+def test_jobs_at_the_same_time_share_neither_devices_nor_ports(tmp_path):
+    sweep = start(
+        "-m",
+        "seed=5,6",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        cwd=tmp_path,
+        CUDA_VISIBLE_DEVICES="4,5,GPU-6,7",
+    )
+    status, _, err = finish(sweep, timeout_s=200)
+    assert status == 0, err
+    facts = [
+        json.loads((tmp_path / f"begun-{seed}-{rank}.json").read_text()) for seed in (5, 6) for rank in (0, 1)
+    ]
+    assert sorted(fact["devices"] for fact in facts) == ["4,5", "4,5", "GPU-6,7", "GPU-6,7"]
+    for name in ("devices", "port", "run_id", "run_dir"):
+        first, second = facts[0][name], facts[2][name]
+        assert [fact[name] for fact in facts] == [first, first, second, second]
+        assert first != second, name
 
 
 def test_a_stop_ends_a_sweep_and_a_directory_has_one_owner(tmp_path):
@@ -165,7 +201,11 @@ def test_a_stop_ends_a_sweep_and_a_directory_has_one_owner(tmp_path):
     (run_dir,) = runs(tmp_path)
     status, _, err = finish(start("seed=20", f"run_dir={run_dir}", cwd=tmp_path))
     assert status == 2
-    assert f"is being trained in by process {sweep.pid} on " in err
+    assert re.search(r"is being trained in by process \d+ on ", err)
+    status, _, err = finish(start("-m", "seed=20,3", cwd=tmp_path))
+    assert status == 2
+    assert "sweep-" in err
+    assert "is being trained in by process " in err
     sweep.send_signal(signal.SIGINT)
     status, _, err = finish(sweep)
     assert status == 3, err

@@ -207,7 +207,7 @@ def test_numbers_in_files_need_no_dot(tmp_path):
         (["-m", "optim.lr=1e-5,-2"], "optim.lr: got -2"),
         (["-m", "optim.lr=1e-5,2e-5", "strategy=ddp,fsdp,zeor3"], "type strategy=zero3"),
         (["-m", "sweep=lr", "seed=1,2,x"], 'seed: got "x"'),
-        (["-m", "seed=interval(1,4)"], "seed=interval(1,4): no list of values"),
+        (["-m", "seed=interval(1,4)"], "seed=interval(1,4): an interval; expected a list"),
         (["-m", "seed=1,2", "run_dir=one"], "run_dir: one directory for all jobs"),
     ],
 )
