@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from rows import batch, segments
 from test_families import lively, tiny
 
+from framework.losses.candidates import candidate_logps, likeliest_logps
 from framework.losses.logprobs import token_logps
 from framework.losses.sft import sft
 from framework.models import attention
@@ -125,6 +126,21 @@ def test_the_weights_gradient_is_summed_in_fp32():
     exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
     plain = torch.log_softmax(exact[0] @ exact[1].t(), 1).gather(1, targets[:, None]).sum()
     (wanted,) = torch.autograd.grad(plain, exact[1])
+    assert (gradient.float() - wanted).norm() < 6e-3 * wanted.norm()
+
+
+def test_candidates_are_those_of_whole_logits():
+    """The likeliest 20 at temperature 2, and the gradient of the sum of their log-probabilities."""
+    hidden, weight, targets = _head()
+    options = {"chunk": 300, "temperature": 2.0}
+    found = likeliest_logps(hidden, weight, targets, 20, **options)
+    answered = candidate_logps(hidden, weight, targets, found.ids, **options)
+    torch.testing.assert_close(answered.logps, found.logps)
+    (gradient,) = torch.autograd.grad(answered.logps.sum(), weight)
+    exact = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    plain = torch.log_softmax(exact[0] @ exact[1].t() / 2, 1).gather(1, found.ids)
+    torch.testing.assert_close(found.logps, plain.detach(), rtol=0, atol=0.03)
+    (wanted,) = torch.autograd.grad(plain.sum(), exact[1])
     assert (gradient.float() - wanted).norm() < 6e-3 * wanted.norm()
 
 
