@@ -2,7 +2,8 @@
 
 Started by hand it composes and checks the configuration, then starts its own workers, one gang a run.
 Started by torchrun or deepspeed it is one of the workers and joins the others. A run is found again by
-its settings, so the same line goes on where it stopped.
+its settings, so the same line goes on where it stopped. In a sweep a job that has failed stays so until
+--retry-failed is typed beside -m.
 
 Exit status: 0 done, 2 refused (nothing was loaded), 3 stopped with a checkpoint, anything else failed.
 """
