@@ -11,7 +11,7 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, judging, record, retention, stages
+from framework.config import build, judging, record, retention, shortage, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
@@ -47,7 +47,8 @@ def work(run: Run) -> int:
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
         status = "failed"
         try:
-            result, retained = _train(prepared, world, tracker, stop, checkpoints, resume)
+            with shortage.explained(run, world):
+                result, retained = _train(prepared, world, tracker, stop, checkpoints, resume)
             if result.status == "done" and run.checkpoint.export and world.rank == 0:
                 show_samples(prepared, where / "model", tracker, step=result.progress.step)
             status = result.status
