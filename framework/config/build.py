@@ -84,6 +84,9 @@ class Prepared(Inspected):
             },
             "batch.sequences": run.batch.sequences,
         }
+        if run.replay.max_forgetting is not None and self.probes is not None:
+            identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources"})
+            identity["probes"] = self.probes.identity
         if run.stage.name != "sft":
             identity["stage"] = run.stage.model_dump(mode="json")
             identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})

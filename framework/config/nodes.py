@@ -155,6 +155,39 @@ class Replay(Node):
     fraction: Share
     scale: Annotated[float, Field(gt=0)] | None
     sequences: Positive | None
+    max_forgetting: Annotated[float, Field(gt=0)] | None
+    unit: Literal["relative_loss"]
+    most: Annotated[float, Field(gt=0)] | None
+    strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
+
+    @property
+    def start(self) -> float:
+        """The share or coefficient to begin with."""
+        return self.fraction if self.scale is None else self.scale
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> Self:
+        serving = [name for name in ("most", "strata") if getattr(self, name) is not None]
+        if self.max_forgetting is None and serving:
+            raise refuse(
+                f"replay.{serving[0]}, replay.max_forgetting",
+                f"replay.{serving[0]} and no budget that it could serve",
+                "both or neither",
+                f"replay.max_forgetting=0.01 or replay.{serving[0]}=null",
+            )
+        if self.max_forgetting is None:
+            return self
+        key, limit = ("replay.fraction", 1.0) if self.scale is None else ("replay.scale", float("inf"))
+        if self.most is None or not self.start <= self.most < limit or self.start == 0:
+            most = min(max(5 * self.start, 0.1), 0.9) if self.scale is None else 5 * self.start
+            given = "nothing" if self.most is None else f"{self.most:g}"
+            raise refuse(
+                f"{key}, replay.most",
+                f"{self.start:g} to begin with and {given} at most",
+                "a start above 0 and at most replay.most" + (", below 1" if self.scale is None else ""),
+                f"{key}={self.start or 0.1:g} replay.most={most:g}",
+            )
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -19,11 +19,12 @@ from framework.data import tables as tokenised
 from framework.data.prompts import PromptTable
 from framework.data.sources import Source
 from framework.data.tables import Table
-from framework.errors import DataError, UserError
+from framework.errors import ConfigError, DataError, UserError
 from framework.train.retain import FEWEST, Cadence
 
 MOST_ROWS, LEAST_ROWS = 256, 8  # of a stratum, where `retain.rows` leaves it open
 SPREAD = 40  # looks over a run are enough to draw a curve
+EARLY = 10  # of them in the first tenth, where most is forgotten
 FEW = 10  # looks, where rows could be spent instead
 FORWARDS = 3  # forward passes that a training step is worth
 
@@ -55,6 +56,13 @@ class Probes:
     cadence: Cadence
     cost: float  # share of the run's computation, estimated from tokens
     left_out: Mapping[str, int]  # built-in rows by reason
+    budgeted: tuple[str, ...]  # strata that a budget of forgetting binds
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of each look, and when there is one; JSON."""
+        strata = {stratum.name: stratum.identity for stratum in self.strata}
+        return {"strata": strata, "cadence": vars(self.cadence)}
 
     def told(self) -> str:
         """For people."""
@@ -106,7 +114,13 @@ def prepare(
     left_out += Counter()  # without zeros
     if not found:
         return None
-    return _afford(run, list(found.values()), steps, _tokens_per_step(run, trained), left_out)
+    budgeted = run.replay.strata or tuple(table.name for table in given) or tuple(found)
+    if missing := [name for name in budgeted if name not in found]:
+        raise ConfigError(
+            f"replay.strata: no text of the name {missing[0]} is watched; expected some of "
+            f"{', '.join(found)}; type 'replay.strata=[{next(iter(found))}]'"
+        )
+    return _afford(run, list(found.values()), steps, _tokens_per_step(run, trained), left_out, budgeted)
 
 
 def _built_in(run: Run, reading: Mapping[str, Any], left_out: Counter[str]) -> list[Table]:
@@ -162,16 +176,25 @@ def _tokens_per_step(run: Run, trained: Sequence[Table]) -> float:
 
 
 def _afford(
-    run: Run, strata: list[Watched], steps: int, tokens_per_step: float, left_out: Mapping[str, int]
+    run: Run,
+    strata: list[Watched],
+    steps: int,
+    tokens_per_step: float,
+    left_out: Mapping[str, int],
+    budgeted: tuple[str, ...],
 ) -> Probes:
-    """As many rows and looks as `retain.cost` pays for; first looks are given up, then rows."""
+    """As many rows and looks as `retain.cost` pays for; first looks are given up, then rows.
+
+    A budget needs them all: it is held by what is measured, whatever that costs.
+    """
     work = FORWARDS * tokens_per_step * steps
     most = max(len(stratum.rows) for stratum in strata)
+    bound = run.replay.max_forgetting is not None
     if run.retain.rows is not None:
         options = [run.retain.rows]
     else:
         options = [most]
-        while options[-1] > LEAST_ROWS:
+        while options[-1] > LEAST_ROWS and not bound:
             options.append(max(options[-1] // 2, LEAST_ROWS))
     wanted = min(FEW, steps)
     for rows in options:
@@ -179,9 +202,10 @@ def _afford(
         passes = run.retain.cost * work / sum(stratum.tokens for stratum in chosen)
         if passes >= wanted + 1:
             break
-    cadence = _cadence(run, steps, passes - 1)  # the start model is scored twice
+    looks = passes - 1  # the start model is scored twice
+    cadence = _cadence(run, steps, max(looks, 2 * SPREAD) if bound else looks)
     cost = (cadence.looks() + 1) * sum(stratum.tokens for stratum in chosen) / work
-    return Probes(chosen, cadence, cost, left_out)
+    return Probes(chosen, cadence, cost, left_out, budgeted)
 
 
 def _cadence(run: Run, steps: int, affordable: float) -> Cadence:
@@ -189,8 +213,7 @@ def _cadence(run: Run, steps: int, affordable: float) -> Cadence:
     if run.retain.every is not None:
         return Cadence(steps, run.retain.every)
     every = max(1, -(-steps // SPREAD))
-    dense = 10
+    dense = 10 * max(1, steps // (100 * EARLY))
     while (cadence := Cadence(steps, every, dense)).looks() > max(affordable, 2) and every < steps:
-        every = min(2 * every, steps)
-        dense = 0 if every == steps else dense
-    return cadence
+        every, dense = min(2 * every, steps), 2 * dense
+    return cadence if every < steps else Cadence(steps, steps, 0)

@@ -13,6 +13,7 @@ from framework.batch import Batch
 from framework.config import build
 from framework.config.build import Prepared
 from framework.config.probes import Probes
+from framework.config.steering import Steering
 from framework.data import cache, collate, pack
 from framework.losses import sft as token_losses
 from framework.stages.sft import TokenObjective
@@ -22,8 +23,8 @@ from framework.train.retain import Probe, Retention, Stratum, relative
 MICRO_TOKENS = 2048  # of the probe at once: small, so that there is some for every rank
 
 
-def build_watch(prepared: Prepared, world: World, engine: Engine) -> Retention | None:
-    """What watches the run; None where nothing is to be watched."""
+def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) -> Retention | None:
+    """What watches the run, and steers `stage` where a budget was set; None where nothing is watched."""
     probes = prepared.probes
     if probes is None:
         return None
@@ -43,7 +44,12 @@ def build_watch(prepared: Prepared, world: World, engine: Engine) -> Retention |
         _micros(prepared, probes, world, tokens_per_micro=max(most // 2, 1)),
     )
     told = [("event", {"message": probes.told()})]
-    return Retention(engine, probe, TokenObjective(token_losses.sft), probes.cadence, told=told)
+    decide = None
+    if prepared.run.replay.max_forgetting is not None:
+        replay = prepared.run.replay
+        decide = Steering(replay, probes.budgeted, stage.steer, world, steps=prepared.steps)
+    objective = TokenObjective(token_losses.sft)
+    return Retention(engine, probe, objective, probes.cadence, decide=decide, told=told)
 
 
 def _micros(prepared: Prepared, probes: Probes, world: World, *, tokens_per_micro: int) -> Sequence[Batch]:
@@ -62,10 +68,10 @@ def _micros(prepared: Prepared, probes: Probes, world: World, *, tokens_per_micr
 
 
 def summary(watch: Retention | None) -> dict[str, Any]:
-    """What `result.json` says of the last look: by stratum, nats and the relative form."""
+    """What `result.json` says of the last look: by stratum, nats and the relative form; and of the budget."""
     if watch is None:
-        return {}
-    return {
+        return {"retention": {}}
+    retained = {
         name: {
             "change": found.change,
             "low": found.low,
@@ -77,3 +83,5 @@ def summary(watch: Retention | None) -> dict[str, Any]:
         }
         for name, found in watch.latest.items()
     }
+    judged = watch.decide.judged if isinstance(watch.decide, Steering) else {}
+    return {"retention": retained, **({"budget": judged} if judged else {})}

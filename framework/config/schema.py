@@ -155,6 +155,15 @@ class Run(Node):
 
     def _rehearsed(self) -> None:
         """Replay is mixed into supervised data and a term of its own beside any other."""
+        watched = self.retain.builtin or self.evaluate.retention
+        if self.replay.max_forgetting is not None and not (watched and self.replay.sources):
+            raise refuse(
+                "replay.max_forgetting, " + ("replay.sources" if watched else "evaluate.retention"),
+                "a budget of forgetting and "
+                + ("nothing to replay" if watched else "nothing it is measured on"),
+                "data to replay and text to watch",
+                "'replay.sources=[{path: general.jsonl}]'" if watched else "retain=default",
+            )
         if self.stage.name in SUPERVISED and self.replay.scale is not None:
             raise refuse(
                 "replay.scale, stage.name",
@@ -229,6 +238,9 @@ class Run(Node):
             for parent in parents:
                 node = node[parent]
             node.pop(leaf, None)  # a choice may lack it
+        if self.replay.max_forgetting is not None:  # then what is watched decides what is replayed
+            tree["retain"] = self.retain.model_dump(mode="json")
+            tree["retention"] = [source.model_dump(mode="json") for source in self.evaluate.retention]
         return tree
 
     def identity(self) -> str:

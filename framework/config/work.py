@@ -152,7 +152,7 @@ def summary(prepared: Prepared, result: Result, retained: Mapping[str, Any] | No
         "skipped": progress.skipped,
         "seconds": round(progress.seconds, 3),
         "metrics": dict(result.metrics),
-        "retention": retained or {},
+        **(retained or {}),
         "best": {"metric": metric, "value": progress.best, "step": progress.best_step},
         "objective": result.metrics.get(metric) if metric else None,
         "paths": {name: str(path) for name, path in paths.items() if path.exists()},
@@ -187,7 +187,7 @@ def _train(
         judging.build_assess(prepared, world, engine, rollout) if rollout and prepared.questions else None
     )
     stage = stages.build_stage(prepared, world, engine, rollout)
-    watch = retention.build_watch(prepared, world, engine)
+    watch = retention.build_watch(prepared, world, engine, stage)
     result = train(
         stage,
         engine,

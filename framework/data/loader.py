@@ -1,4 +1,6 @@
-"""The examples of each optimizer step, as this rank's micro-batches. Its whole state is one integer.
+"""The examples of each optimizer step, as this rank's micro-batches.
+
+Its whole state is one integer, and where replay's share was changed on the way, the changes.
 
 Step s takes the next B examples of the mixture, whatever the world size, packing or strategy; every rank
 plans the whole step from the examples' lengths and collates its own part. No collective, no worker, no queue.
@@ -55,6 +57,7 @@ class Loader:
         self.index = 0  # examples given so far, over all ranks
         self.kind = kind
         self.mismatched = mismatched
+        self._changed = False
         self._cut = Cut(tokens_per_micro, packing, rank, world_size, pad_id)
 
     def next(self) -> Step:
@@ -72,11 +75,20 @@ class Loader:
         self.index = stop
         return step._replace(stats=stats)
 
+    def change_share(self, share: float) -> None:
+        """From the next step on replay has `share` of the trained tokens."""
+        self.mixture.change(self.index, share)
+        self._changed = True
+
     def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index}
+        shares = [list(entry) for entry in self.mixture.shares]
+        return {"index": self.index, "shares": shares} if self._changed else {"index": self.index}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.index = int(state["index"])
+        if "shares" in state:
+            self.mixture.restore([(int(start), float(share)) for start, share in state["shares"]])
+            self._changed = True
 
 
 class Cut(NamedTuple):

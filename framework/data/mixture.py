@@ -10,7 +10,8 @@ within (1 + w * S) / 2 picks; each source has epochs of its own.
 
 Between the groups the share is counted in trained tokens and settled before anything is packed or spread
 over ranks: the next example is a replayed one when replay has given less than f of the tokens so far.
-So at every prefix replay is off by less than one example.
+So at every prefix replay is off by less than one example, also where the share was changed on the way:
+what was owed under the old share is owed under the new one.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Mixture:
     """The stream of examples of a run.
 
     `fraction` is replay's share of trained tokens, in [0, 1): a number, or entries (from_index, share)
-    with ascending indices from 0. From each entry's index on, the share is counted anew.
+    with ascending indices from 0. `change` adds an entry while the stream is being read.
     """
 
     def __init__(
@@ -69,23 +70,45 @@ class Mixture:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        entries = [(0, float(fraction))] if isinstance(fraction, int | float) else list(fraction)
-        starts = [start for start, _ in entries]
-        if not entries or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError(f"fraction entries start at {starts}; expected ascending indices from 0")
-        if any(not 0 <= share < 1 for _, share in entries):
-            raise ValueError(f"replay shares {[share for _, share in entries]} must lie in [0, 1)")
-        if replay is None and any(share > 0 for _, share in entries):
-            raise ValueError("a replay share above 0 needs a replay group")
-        self._entries = entries
         self._train = _Stream(train, "train", seed, shuffle, first_source=0)
         self._replay = (
             None
             if replay is None
             else _Stream(replay, "replay", seed, shuffle, first_source=len(train.trained))
         )
-        self._blocks: list[_Start] = [_Start(begin=0, entry=0)]
         self._lay_out = lru_cache(maxsize=REMEMBERED)(self._lay_out_block)
+        self.restore([(0, float(fraction))] if isinstance(fraction, int | float) else fraction)
+
+    @property
+    def shares(self) -> list[tuple[int, float]]:
+        """The entries so far: (from_index, share)."""
+        return list(self._entries)
+
+    def restore(self, shares: Sequence[tuple[int, float]]) -> None:
+        """Lay the stream out by these entries from its first example on."""
+        entries = [(int(start), float(share)) for start, share in shares]
+        starts = [start for start, _ in entries]
+        if not entries or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"fraction entries start at {starts}; expected ascending indices from 0")
+        if any(not 0 <= share < 1 for _, share in entries):
+            raise ValueError(f"replay shares {[share for _, share in entries]} must lie in [0, 1)")
+        if self._replay is None and any(share > 0 for _, share in entries):
+            raise ValueError("a replay share above 0 needs a replay group")
+        self._entries = entries
+        self._blocks: list[_Start] = [_Start(begin=0, entry=0)]
+        self._lay_out.cache_clear()
+
+    def change(self, index: int, share: float) -> None:
+        """From example `index` on replay has `share`; what comes before `index` stays as it is.
+
+        Raises ValueError for an index before the last change or a share outside [0, 1).
+        """
+        known = [entry for entry in self._entries if entry[0] < index]
+        if len(known) < len(self._entries) - 1 or index < self._entries[-1][0]:
+            raise ValueError(f"the share was last changed at {self._entries[-1][0]}, after {index}")
+        blocks = [block for block in self._blocks if block.begin < index]
+        self.restore([*known, (index, share)])
+        self._blocks = blocks or self._blocks
 
     def picks(self, start: int, stop: int) -> list[Pick]:
         """Examples start..stop-1 of the stream."""
@@ -159,15 +182,16 @@ class Mixture:
     def _lay_out_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of one block and its cursors; notes where the next block starts.
 
-        Replay is due when f * (tokens of both) > tokens of replay, that is f * train > (1 - f) * replay. So
-        example j of the training data comes at f * (its tokens before), example k of replay at
-        (1 - f) * (its tokens before), and laying out is merging two ascending lists; ties to training.
+        Replay is due when f * (tokens of both) > tokens of replay, that is f * train > (1 - f) * replay; what
+        earlier entries owe adds to the left. So example j of the training data comes at that plus f * (its
+        tokens before), example k of replay at (1 - f) * (its tokens before), and laying out is merging two
+        ascending lists; ties to training.
         """
         start = self._blocks[block]
         share = self._entries[start.entry][1]
         until = self._entries[start.entry + 1][0] if start.entry + 1 < len(self._entries) else None
         train = self._train.tokens(start.train, start.train + BLOCK)
-        train_due = share * (start.train_tokens + _before(train))
+        train_due = start.owed + share * (start.train_tokens + _before(train))
         if share == 0.0 or self._replay is None:
             replay, replay_due = np.empty(0, dtype=np.int64), np.empty(0)
         else:
@@ -186,20 +210,23 @@ class Mixture:
             self._blocks.append(self._after(start, replayed, train, replay, until))
         return replayed, cursors
 
-    @staticmethod
     def _after(
-        start: _Start, replayed: np.ndarray, train: np.ndarray, replay: np.ndarray, until: int | None
+        self, start: _Start, replayed: np.ndarray, train: np.ndarray, replay: np.ndarray, until: int | None
     ) -> _Start:
         from_replay = int(np.count_nonzero(replayed))
         from_train = len(replayed) - from_replay
         ended = start.begin + len(replayed) == until
+        given = start.train_tokens + int(train[:from_train].sum())
+        replayed_tokens = start.replay_tokens + int(replay[:from_replay].sum())
+        share = self._entries[start.entry][1]
         return _Start(
             begin=start.begin + len(replayed),
             entry=start.entry + ended,
             train=start.train + from_train,
             replay=start.replay + from_replay,
-            train_tokens=0 if ended else start.train_tokens + int(train[:from_train].sum()),
-            replay_tokens=0 if ended else start.replay_tokens + int(replay[:from_replay].sum()),
+            train_tokens=0 if ended else given,
+            replay_tokens=0 if ended else replayed_tokens,
+            owed=start.owed + (share * given - (1 - share) * replayed_tokens if ended else 0.0),
         )
 
 
@@ -212,6 +239,7 @@ class _Start(NamedTuple):
     replay: int = 0
     train_tokens: int = 0
     replay_tokens: int = 0
+    owed: float = 0.0  # tokens of replay that earlier entries have not given yet; below 0: given too many
 
 
 def _before(tokens: np.ndarray) -> np.ndarray:

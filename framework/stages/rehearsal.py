@@ -31,6 +31,7 @@ class Rehearsal:
 
     def __init__(self, stage: Stage, *, replay: Replay | None, retention: Mapping[str, Term]) -> None:
         self.stage, self.replay, self.retention = stage, replay, retention
+        self.scale = 0.0 if replay is None else replay.scale
 
     def next(self, step: int) -> Sequence[Term]:
         """The stage's terms, then replay's, whose tokens are counted as replay's own."""
@@ -38,9 +39,7 @@ class Rehearsal:
         if self.replay is not None:
             taken = self.replay.loader.next()
             stats = {f"replay_{name}": taken.stats[name] for name in REPORTED}
-            terms.append(
-                Term(self.replay.objective, taken.micros, self.replay.scale, name="replay", stats=stats)
-            )
+            terms.append(Term(self.replay.objective, taken.micros, self.scale, name="replay", stats=stats))
         return terms
 
     @property
@@ -56,11 +55,19 @@ class Rehearsal:
         """The stage's sets and the general ones."""
         return {**self.stage.held_out(), **self.retention}
 
+    def steer(self, amount: float) -> None:
+        """From the next step on rehearse by `amount`: a coefficient, or a share where replay is mixed in."""
+        if self.replay is None:
+            self.stage.steer(amount)  # type: ignore[attr-defined]
+        else:
+            self.scale = amount
+
     def state_dict(self) -> dict[str, Any]:
-        """The stage's state and the position of replay."""
+        """The stage's state, the position of replay, and its coefficient where it was changed."""
         if self.replay is None:
             return self.stage.state_dict()
-        return {"stage": self.stage.state_dict(), "replay": self.replay.loader.state_dict()}
+        state = {"stage": self.stage.state_dict(), "replay": self.replay.loader.state_dict()}
+        return state if self.scale == self.replay.scale else {**state, "scale": self.scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
@@ -69,3 +76,4 @@ class Rehearsal:
             return
         self.stage.load_state_dict(state["stage"])
         self.replay.loader.load_state_dict(state["replay"])
+        self.scale = float(state.get("scale", self.replay.scale))

@@ -31,13 +31,15 @@ class Micros(Protocol):
 
 
 class Loader(Protocol):
-    """Random access to optimizer steps; its state is {"index": examples consumed}."""
+    """Random access to optimizer steps; its state is {"index": examples consumed} and changes of replay."""
 
     def next(self) -> Micros: ...
 
-    def state_dict(self) -> dict[str, int]: ...
+    def change_share(self, share: float) -> None: ...
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class TokenObjective:
@@ -105,10 +107,14 @@ class Supervised:
         """The held-out sets, by name."""
         return self._held_out
 
+    def steer(self, share: float) -> None:
+        """From the next step on replay has `share` of the trained tokens."""
+        self.loader.change_share(share)
+
     def state_dict(self) -> dict[str, Any]:
-        """The data position: one integer."""
+        """The data position: one integer, and replay's shares where they were changed."""
         return dict(self.loader.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from that position."""
-        self.loader.load_state_dict({"index": int(state["index"])})
+        self.loader.load_state_dict(state)

@@ -12,9 +12,9 @@ n / (n - 1) * sum (d_i - change * t_i)^2 / (sum t_i)^2 (Cochran 1977, section 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from framework.batch import Batch
 from framework.losses.items import Objective
@@ -65,8 +65,18 @@ class Change:
 Score = tuple[float, float]
 """(nats, trained tokens) of one row."""
 
-Decide = Callable[[int, Mapping[str, Change], Mapping[str, float]], Sequence[Report]]
-"""(step, changes, noise by stratum) -> lines; may change what is trained on next."""
+
+class Decide(Protocol):
+    """Acts on what a look has found; it may change what is trained on next. Alike on all ranks."""
+
+    def __call__(
+        self, step: int, changes: Mapping[str, Change], noise: Mapping[str, float]
+    ) -> tuple[Mapping[str, float], Sequence[Report]]:
+        """(metrics beside those of the look, lines) of a look after `step` steps, by stratum."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 def compare(start: Sequence[Score], now: Sequence[Score]) -> Change | None:
@@ -179,6 +189,8 @@ class Retention:
             known = saved["start"].items()
             self._start = {n: dict(one) for n, one in known if wanted.get(n) == one["identity"]}
             self.latest = {n: Change(**c) for n, c in saved["latest"].items() if n in self._start}
+            if self.decide is not None and "decide" in saved:
+                self.decide.load_state_dict(saved["decide"])
         missing = [s for s in self.probe.strata if s.name not in self._start]
         if missing:
             first, second = self._score(self.probe.micros), self._score(self.probe.again)
@@ -206,11 +218,11 @@ class Retention:
             now = {s.name: [scores[row] for row in s.rows] for s in self.probe.strata}
         found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
         self.latest = {name: change for name, change in found.items() if change is not None}
-        lines: list[Report] = [*self._told, ("retain", self.line())]
-        self._told = []
-        if self.decide is not None:
-            lines += self.decide(step, self.latest, self.noise)
-        return lines
+        told, self._told = self._told, []
+        if self.decide is None:
+            return [*told, ("retain", self.line())]
+        metrics, lines = self.decide(step, self.latest, self.noise)
+        return [*told, ("retain", {**self.line(), **metrics}), *lines]
 
     def line(self) -> dict[str, float]:
         """What the last look found, as metrics."""
@@ -231,7 +243,8 @@ class Retention:
     def state_dict(self) -> dict[str, Any]:
         """What the start model said, and the last look; JSON."""
         latest = {name: vars(change) for name, change in self.latest.items()}
-        return {"looked": self.looked, "start": self._start, "latest": latest}
+        state = {"looked": self.looked, "start": self._start, "latest": latest}
+        return state if self.decide is None else {**state, "decide": self.decide.state_dict()}
 
     def _score(self, micros: Sequence[Batch]) -> list[Score]:
         rows = sum(len(stratum.rows) for stratum in self.probe.strata)

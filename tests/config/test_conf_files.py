@@ -23,6 +23,7 @@ ONLINE = ["stage=grpo", "reward=verifier"]
 TAUGHT = ["stage=distill", "stage.teacher=some/teacher"]
 NEEDED = {  # what a choice asks for besides
     "replay=fixed": [TEXT],
+    "replay=budget": [TEXT],
     "replay=term": [TEXT, "stage=preference"],
     "stage=ppo": ["reward=verifier"],
     "stage=grpo": ["reward=verifier"],

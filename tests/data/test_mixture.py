@@ -110,15 +110,17 @@ def test_blocks_are_laid_out_by_the_rule_one_example_at_a_time():
     n = 3 * BLOCK
     mixture = Mixture(Group([train]), Group([replay]), fraction=entries, seed=0, shuffle=False)
     picks = mixture.picks(0, n)
-    given, cursors = [0, 0], [0, 0]
+    owed, share, cursors = 0.0, 0.0, [0, 0]
     shares = dict(entries)
     for i, pick in enumerate(picks):
-        if i in shares:
-            share, given = shares[i], [0, 0]
-        which = int(share * sum(given) > given[1])
+        share = shares.get(i, share)
+        which = int(owed > 0)
+        if share == 0:
+            which = 0
         expected = cursors[which] % len((train, replay)[which])
         assert (pick.source, pick.row) == (which, expected), i
-        given[which] += int((train, replay)[which][expected])
+        tokens = int((train, replay)[which][expected])
+        owed += -(1 - share) * tokens if which else share * tokens
         cursors[which] += 1
 
 
@@ -173,3 +175,45 @@ def test_impossible_mixtures_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             Mixture(**arguments, seed=0)
+
+
+def test_a_change_on_the_way_is_an_entry_known_from_the_start():
+    """Changes inside a block, at its edge, twice at one place and back to nothing, after reading ahead."""
+    entries = [(0, 0.25), (64, 0.5), (BLOCK + 8, 0.0), (BLOCK + 16, 0.125)]
+    whole = Mixture(Group(TRAIN), Group(REPLAY), fraction=entries, seed=3)
+    moved = Mixture(Group(TRAIN), Group(REPLAY), fraction=0.25, seed=3)
+    picks = []
+    for at, share in [*entries[1:], (2 * BLOCK, None)]:
+        picks += moved.picks(len(picks), at)
+        moved.picks(at, at + 3 * BLOCK)  # a reader that looked ahead does not fix what comes
+        if share is not None:
+            moved.change(at, 0.75)
+            moved.change(at, share)
+    assert picks == whole.picks(0, 2 * BLOCK)
+    assert moved.shares == entries
+    resumed = Mixture(Group(TRAIN), Group(REPLAY), fraction=0.25, seed=3)
+    resumed.restore(moved.shares)
+    assert resumed.picks(BLOCK - 3, BLOCK + 40) == whole.picks(BLOCK - 3, BLOCK + 40)
+
+
+def test_a_hundred_changes_leave_replay_within_one_example_of_its_share():
+    """Eight examples between changes: shares counted anew each time would be off by dozens of examples."""
+    mixture = Mixture(Group(TRAIN), Group(REPLAY), fraction=0.1, seed=0)
+    tables, longest = [*TRAIN, *REPLAY], max(int(t.max()) for t in (*TRAIN, *REPLAY))
+    owed, share = 0.0, 0.1
+    for number in range(100):
+        for pick in mixture.picks(8 * number, 8 * number + 8):
+            tokens = int(tables[pick.source][pick.row])
+            owed += share * tokens - tokens * (pick.source >= len(TRAIN))
+            assert abs(owed) < longest
+        share = 0.05 + 0.3 * ((number * 7) % 10) / 10
+        mixture.change(8 * number + 8, share)
+
+
+def test_a_change_cannot_reach_back():
+    mixture = Mixture(Group(TRAIN), Group(REPLAY), fraction=0.1, seed=0)
+    mixture.change(40, 0.2)
+    with pytest.raises(ValueError, match="last changed at 40"):
+        mixture.change(39, 0.3)
+    with pytest.raises(ValueError, match="must lie in"):
+        mixture.change(50, 1.0)

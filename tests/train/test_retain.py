@@ -189,13 +189,23 @@ def test_a_stratum_that_the_checkpoint_lacks_is_asked_for_and_the_others_are_not
 def test_what_decides_is_told_what_was_found():
     told = []
 
-    def decide(step, changes, noise):
-        told.append((step, sorted(changes), sorted(noise)))
-        return [("event", {"message": "moved"})]
+    class Decide:
+        def __call__(self, step, changes, noise):
+            told.append((step, sorted(changes), sorted(noise)))
+            return {"replay/share": 0.5}, [("event", {"message": "moved"})]
+
+        def state_dict(self):
+            return {"told": len(told)}
+
+        def load_state_dict(self, state):
+            told.append(state)
 
     engine = Words(one())
-    watch = watch_of(one(), engine, decide=decide, told=[("event", {"message": "watching"})])
+    watch = watch_of(one(), engine, decide=Decide(), told=[("event", {"message": "watching"})])
     watch.begin(None)
     assert [kind for kind, _ in watch.look(0)] == ["event", "retain", "event"]
-    assert [kind for kind, _ in watch.look(5)] == ["retain", "event"]
-    assert told == [(0, ["a", "b"], ["a", "b"]), (5, ["a", "b"], ["a", "b"])]
+    lines = watch.look(5)
+    assert [kind for kind, _ in lines] == ["retain", "event"]
+    assert lines[0][1]["replay/share"] == 0.5
+    watch_of(one(), engine, decide=Decide()).begin(watch.state_dict())
+    assert told == [(0, ["a", "b"], ["a", "b"]), (5, ["a", "b"], ["a", "b"]), {"told": 2}]

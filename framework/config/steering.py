@@ -1,0 +1,162 @@
+"""A budget of forgetting: from what a look has found to how much is replayed next, and the words for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from framework.config.nodes import Replay
+from framework.strategy.base import World
+from framework.train.budget import Controller, Decision, Reading, Rules, Verdict, resolvable
+from framework.train.retain import Change, relative
+from framework.train.trainer import Report
+
+NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
+
+
+class Steering:
+    """Acts on each look of `train.retain.Retention`: moves replay, says so, and judges at the end.
+
+    `names` are the kinds of text that the budget binds, `steer` sets the amount of replay. Decided on rank 0
+    and broadcast, state and all, so that no rank can differ.
+    """
+
+    def __init__(
+        self, asked: Replay, names: Sequence[str], steer: Callable[[float], None], world: World, *, steps: int
+    ) -> None:
+        assert asked.max_forgetting is not None
+        assert asked.most is not None
+        self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
+        rules = Rules(budget=math.log1p(asked.max_forgetting), start=asked.start, most=asked.most)
+        self.controller = Controller(rules)
+        self.spent = 0.0  # amount times steps
+        self.since = 0  # the step of the last look
+        self.judged: dict[str, Any] = {}
+
+    def __call__(
+        self, step: int, changes: Mapping[str, Change], noise: Mapping[str, float]
+    ) -> tuple[dict[str, float], list[Report]]:
+        """(metrics, lines) of a look after `step` steps. Collective."""
+        readings = dict.fromkeys(self.names, NOTHING)  # of rows that the start model cannot score
+        for name in changes.keys() & readings.keys():
+            found = changes[name]
+            readings[name] = Reading(found.change, found.high, noise[name], found.rows)
+        self.spent += self.controller.state.amount * (step - self.since)
+        self.since = step
+        metrics = {"replay/share" if self._mixed else "replay/coefficient": self.controller.state.amount}
+        if step == 0:  # nothing was trained, so nothing can be forgotten yet
+            return metrics, self._doubts(readings)
+        if step == self.steps:
+            return metrics, [self._judge(readings)]
+        mine = None
+        if self.world.rank == 0:
+            decided = self.controller.decide(readings, progress=step / self.steps)
+            mine = {"state": self.controller.state_dict(), "decision": vars(decided)}
+        told = self.world.broadcast(mine)
+        self.controller.load(told["state"])
+        decision = Decision(**told["decision"])
+        lines: list[Report] = []
+        if decision.moved:
+            self.steer(decision.amount)
+            lines.append(("event", {"message": self._moved(decision, readings)}))
+        if decision.infeasible:
+            message = (
+                f"the forgetting budget cannot be met: {self._worst(decision.binding, readings)}, though "
+                f"{self._word()} is {self._amount(decision.amount)}, its most. {self._advice()}"
+            )
+            lines.append(("event", {"message": message}))
+        return metrics, lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """To go on from exactly; JSON."""
+        kept = {"spent": self.spent, "since": self.since, "judged": self.judged}
+        return {**kept, "controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. The amount itself is the stage's to remember."""
+        self.spent, self.since, self.judged = state["spent"], state["since"], dict(state["judged"])
+        self.controller.load(state["controller"])
+
+    @property
+    def _mixed(self) -> bool:
+        return self.asked.scale is None
+
+    def _word(self) -> str:
+        return "the replay share" if self._mixed else "the coefficient of replay"
+
+    def _amount(self, amount: float) -> str:
+        return f"{amount:.2%}" if self._mixed else f"{amount:.4g}"
+
+    def _worst(self, name: str | None, readings: Mapping[str, Reading]) -> str:
+        if name is None or readings[name].high <= 0:
+            return "nothing is forgotten"
+        return f"{name} has forgotten up to {relative(readings[name].high):.2%}"
+
+    def _moved(self, decision: Decision, readings: Mapping[str, Reading]) -> str:
+        word = "up" if decision.amount > decision.before else "down"
+        return (
+            f"{self._word()} goes {word} from {self._amount(decision.before)} to "
+            f"{self._amount(decision.amount)}: {self._worst(decision.binding, readings)}, the budget is "
+            f"{self.asked.max_forgetting:.2%}"
+        )
+
+    def _doubts(self, readings: Mapping[str, Reading]) -> list[Report]:
+        """Budgets that the probe cannot resolve, before anything is trained."""
+        lines: list[Report] = []
+        for name, reading in readings.items():
+            if not resolvable(reading.rows):
+                why = f"{reading.rows} rows bound no change by less than itself; expected 7, best hundreds"
+            elif reading.noise >= self.controller.rules.budget:
+                why = f"the start model measured twice differs by {relative(reading.noise):.2%} on it"
+            else:
+                continue
+            message = f"a budget of {self.asked.max_forgetting:.2%} cannot be resolved on {name}: {why}"
+            lines.append(("event", {"message": message}))
+        return lines
+
+    def _judge(self, readings: Mapping[str, Reading]) -> Report:
+        verdict = self.controller.verdict(readings)
+        mean = self.spent / max(self.steps, 1)
+        self.judged = {
+            "verdict": verdict.status,
+            "binding": verdict.binding,
+            "forgotten": relative(verdict.high),
+            "budget": self.asked.max_forgetting,
+            "unit": self.asked.unit,
+            "mean_replay": mean,
+            "last_replay": self.controller.state.amount,
+            "message": self._verdict(verdict, readings, mean),
+        }
+        return "event", self.judged
+
+    def _verdict(self, verdict: Verdict, readings: Mapping[str, Reading], mean: float) -> str:
+        budget = f"forgetting budget of {self.asked.max_forgetting:.2%}"
+        worst = self._worst(verdict.binding, readings)
+        used = f"with {self._word()} at {self._amount(mean)} on average"
+        if verdict.status == "kept":
+            return f"{budget} kept: {worst}, {used}"
+        assert verdict.binding is not None
+        reading = readings[verdict.binding]
+        if verdict.status == "unresolvable":
+            half, room = reading.high - reading.change, self.controller.rules.budget - reading.change
+            enough = math.ceil(reading.rows * (half / room) ** 2) if math.isfinite(half) and room > 0 else 0
+            need = (
+                f"about {enough} rows of that kind in evaluate.retention would do" if enough else "more rows"
+            )
+            return (
+                f"{budget} not resolved: {verdict.binding} has changed by {relative(reading.change):.2%}, "
+                f"which its {reading.rows} rows only bound by {relative(reading.high):.2%}; {need}"
+            )
+        at = self.controller.state.amount
+        if at < self.controller.rules.most:
+            reach = f"the run ended with {self._word()} at {self._amount(at)}, on its way; begin with more"
+        else:
+            reach = f"though {self._word()} reached its most, {self._amount(at)}"
+        return f"{budget} infeasible: {worst}, {reach}. {self._advice()}"
+
+    def _advice(self) -> str:
+        return (
+            "What helps: data of that kind in replay.sources (the start model can write it), a lower "
+            "optim.lr, a larger replay.max_forgetting or replay.most"
+        )
