@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             head="score" if run.stage.name == "reward" else "lm",
         )
         checkpoint = opened(given.run_dir, given.checkpoint, model=description.fingerprint)
-        adapter = None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
+        adapter = None if run.adapter.kind == "full" else run.adapter.model_dump()
         print(f"writing {checkpoint.path} to {out}", flush=True)
         export.export(
             out,

@@ -363,7 +363,7 @@ def uses_adapter(inspected: Inspected) -> bool:
 
 
 def adapter_of(run: Run) -> Mapping[str, Any] | None:
-    return None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
+    return None if run.adapter.kind == "full" else run.adapter.model_dump()
 
 
 def group(tables: Sequence[Table]) -> Group:

@@ -104,6 +104,10 @@ class Lora(Node):
     targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
+class Dora(Lora):
+    kind: Literal["dora"]  # type: ignore[assignment]
+
+
 class Source(Node):
     """One source of rows. The only defaults of the schema: members of a list have no YAML of their own."""
 

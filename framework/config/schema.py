@@ -22,6 +22,7 @@ from framework.config.nodes import (
     Constant,
     Cosine,
     Data,
+    Dora,
     Evaluate,
     Full,
     Launch,
@@ -71,7 +72,7 @@ class Run(Node):
     stage: Annotated[Sft | Distill | RewardModel | Preference | Ppo | Grpo, Field(discriminator="name")]
     loss: Target
     model: Model
-    adapter: Annotated[Full | Lora, Field(discriminator="kind")]
+    adapter: Annotated[Full | Lora | Dora, Field(discriminator="kind")]
     data: Data
     replay: Replay
     rollout: Annotated[Hf | Vllm, Field(discriminator="engine")]
@@ -139,6 +140,13 @@ class Run(Node):
                 "of another pass",
                 "no dropout",
                 "adapter.dropout=0",
+            )
+        if self.adapter.kind == "dora" and (self.stage.name in ONLINE or self.evaluate.prompts):
+            raise refuse(
+                "adapter, stage.name" if self.stage.name in ONLINE else "adapter, evaluate.prompts",
+                "answers to be written while training, by a copy into which DoRA's lengths are not merged",
+                "another adapter",
+                "adapter=lora",
             )
         self._rehearsed()
         self._online()

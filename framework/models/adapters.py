@@ -2,6 +2,9 @@
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight W becomes W + (alpha / rank) B A, with
 A [rank, in] drawn at random and B [out, rank] zero, so that training starts from the model as it was.
+
+DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) trains direction and length apart: each row of W + (alpha /
+rank) B A is brought to a length of its own, which starts as that of the row of W.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
+    kind: str = "lora"  # or "dora"
 
     def peft_config(self, *, excluded: Sequence[str] | None = None) -> Any:
         """The same in peft's words; with modules `excluded` it is no language model's any more."""
@@ -41,6 +45,7 @@ class Lora:
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides it by the rank
             lora_dropout=self.dropout,
+            use_dora=self.kind == "dora",
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
         )
 
@@ -106,6 +111,18 @@ def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(key(seed, "adapter", name))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a parameter of an adapter holds the lengths of rows (DoRA)."""
+    return ".lora_magnitude_vector." in name
+
+
+def magnitudes(lm: nn.Module, name: str) -> Tensor:
+    """[out] fp32, the first value of the parameter `name`: the lengths of the rows of its layer's weight."""
+    base: Any = lm.get_submodule(name.partition(".lora_magnitude_vector.")[0]).base_layer
+    weight = base.weight.detach().float()
+    return torch.linalg.vector_norm(weight, dim=0 if type(base).__name__ == "Conv1D" else 1)
 
 
 def base_name(name: str) -> str | None:

@@ -174,7 +174,9 @@ def reader(
         with quiet():
             lm = _adapted(load(description, seed=seed), lora, description.head)
         for name, parameter in lm.named_parameters():
-            if lora and adapters.is_adapter(name):
+            if lora and adapters.is_magnitude(name):
+                yield PREFIX + name, adapters.magnitudes(lm, name)
+            elif lora and adapters.is_adapter(name):
                 yield PREFIX + name, adapters.initial(name, parameter.shape, seed)
             elif zero_head and not description.scored and name.endswith(SCORE):
                 yield PREFIX + name, torch.zeros_like(parameter, requires_grad=False)

@@ -98,6 +98,41 @@ def test_a_merged_model_answers_as_base_and_adapter(description, tmp_path):
     torch.testing.assert_close(one_by_one(merged, rows), one_by_one(adapted, rows), rtol=1e-4, atol=1e-4)
 
 
+DORA = {**LORA, "kind": "dora"}
+
+
+@torch.no_grad()
+def test_dora_begins_as_the_model_and_is_merged_row_by_row(description, tmp_path):
+    """m (W + 2 B A) / |W + 2 B A|, lengths by row; with B = 0 and m = |W| that is W."""
+    plain = dict(load.reader(description)())
+    start = load.reader(description, adapter=DORA)()
+    export.export(tmp_path / "start", description=description, weights=start, adapter=DORA, merge=True)
+    for name, stored in load_file(tmp_path / "start" / "model.safetensors").items():
+        torch.testing.assert_close(stored, plain[f"lm.{name}"], rtol=1e-5, atol=1e-6)
+    given = dict(_trained(description, DORA))
+    export.export(tmp_path / "m", description=description, weights=given.items(), adapter=DORA, merge=True)
+    stem = "lm.base_model.model.model.layers.2.self_attn.v_proj"
+    update = given[f"{stem}.lora_B.default.weight"] @ given[f"{stem}.lora_A.default.weight"]
+    moved = given[f"{stem}.base_layer.weight"] + 2 * update
+    length = given[f"{stem}.lora_magnitude_vector.default.weight"]
+    expected = length[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    torch.testing.assert_close(stored["model.layers.2.self_attn.v_proj.weight"], expected)
+
+
+@torch.no_grad()
+def test_dora_is_what_peft_loads(description, tmp_path):
+    from peft import PeftModel
+
+    export.export(tmp_path / "a", description=description, weights=_trained(description, DORA), adapter=DORA)
+    lm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(description.path), tmp_path / "a")
+    kept = dict(lm.named_parameters())
+    given = {n: t for n, t in _trained(description, DORA) if adapters.is_adapter(n)}
+    assert sum("magnitude" in name for name in given) == 21
+    for name, tensor in given.items():
+        assert torch.equal(kept[name.removeprefix("lm.")], tensor)
+
+
 def test_a_directory_that_does_not_answer_alike_is_never_named(description, tmp_path, monkeypatch):
     """One matrix is spoilt on its way to the disk: nothing appears, and what was there stays."""
     out = tmp_path / "model"

@@ -108,7 +108,7 @@ def reference(arguments: Sequence[str], *, steps: int) -> dict[str, Any]:
 
     run = compose.compose(arguments)
     prepared = build.prepare(run)
-    adapter = None if run.adapter.kind == "full" else run.adapter.model_dump(exclude={"kind"})
+    adapter = None if run.adapter.kind == "full" else run.adapter.model_dump()
     module = load.builder(prepared.description, attention="eager", head_chunk_tokens=1, adapter=adapter)()
     with torch.no_grad():
         parameters = dict(module.named_parameters())

@@ -14,6 +14,10 @@ CELLS = [
         for size in (1, 2, 4)
         for adapter in ("full", "lora")
     ),
+    ("ddp", 1, "dora"),
+    ("ddp", 2, "dora"),
+    ("fsdp", 2, "dora"),
+    ("zero3", 2, "dora"),
     *((strategy, 2, "full") for strategy in ("hsdp", "fsdp_offload", "zero1", "zero2")),
     *(pytest.param(TWO_COPIES, 4, adapter, marks=pytest.mark.slow) for adapter in ("full", "lora")),
 ]
