@@ -259,6 +259,8 @@ def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
                 print(f"{run.run_dir}: already done; its model and metrics are there", file=sys.stderr)
             return DONE
         meeting.each(lambda: parts.prepare(run) if place.local_rank == 0 else None)
+        # what preparing has found: no other rank asks an environment again
+        run = record.unpacked(meeting.first(lambda: record.packed(run)))
         if place.rank == 0:
             keep(run)
         return parts.work(run)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import probes, targets, vocabulary
+from framework.config import environment, probes, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
@@ -146,7 +146,8 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     inspected = inspect(run)
     read = partial(read_tables, inspected, progress=progress)
     text = partial(_read_text, inspected, progress=progress)
-    train_tables, replay_tables = read(run.data.train), text(run.replay.sources)
+    given, held_out = environment.sources(run)
+    train_tables, replay_tables = read(given), text(run.replay.sources)
     mixed, online = run.stage.name in SUPERVISED, run.stage.name in ONLINE
     if online:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
@@ -159,14 +160,14 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
             shuffle=run.data.shuffle,
         )
     named = _distinct([*train_tables, *replay_tables])
-    asked = [*run.evaluate.prompts, *(run.data.eval if online else ())]
+    asked = [*run.evaluate.prompts, *(held_out if online else ())]
     retention = text(run.evaluate.retention)
     steps = _steps(run, mixture, sum(map(len, train_tables)))
     return Prepared(
         **vars(inspected),
         tables=named if mixed else named[: len(train_tables)],
         replay=() if mixed else named[len(train_tables) :],
-        held_out=() if online else read(run.data.eval),
+        held_out=() if online else read(held_out),
         retention=retention,
         questions=_read_prompts(inspected, asked, progress=progress) if asked else (),
         mixture=mixture,

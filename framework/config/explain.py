@@ -37,6 +37,9 @@ EXAMPLES = {
 MEANT = {"model": "model.path={}", "data": "'data.train=[{{path: {}}}]'"}
 """What is meant by a value given to a group that has no such choice."""
 
+ENVIRONMENT = "reward.environment"
+"""A class of the user's with keywords that no file lists: each is new to the tree."""
+
 QUOTES = "'\""
 
 OVERLAYS = ("experiment=", "sweep=", "local=", "debug=")
@@ -136,6 +139,13 @@ def _fault(
     group, _, last = key.rpartition(".")
     if key not in known and last in groups.get(group, ()):
         return f"{given}: {last} is a choice of {group}, not a key; type {group}={last}"
+    if ENVIRONMENT in (key, group) and override.type == OverrideType.CHANGE:
+        if key not in known:
+            close = nearest(key, {name for name in known if name.startswith(f"{ENVIRONMENT}.")})
+            instead = f"{_typed(close, override)}, or for a keyword of the class " if close else ""
+            return f"{given}: no such key; type {instead}{_shell(f'+{given}')}"
+        if isinstance(value, dict) and f"'{key}'" in text:
+            return f"{given}: keywords of the class are new to the tree; type {_shell(f'+{given}')}"
     if key not in known:
         return f"{given}: no such key{_instead(key, known, override)}"
     if f"'{key}'" not in text:

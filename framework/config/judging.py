@@ -95,7 +95,7 @@ class Reward:
 def build_reward(inspected: Inspected, world: World, packing: Packing) -> Reward:
     """What answers to learn from are worth."""
     chosen = inspected.run.reward
-    judge = _judge(inspected.run, chosen.functions, world) if chosen.functions else None
+    judge = _judge(inspected.run, chosen.judging, world) if chosen.judging else None
     model = None
     if inspected.judge is not None:
         frozen = build.build_frozen(inspected, inspected.judge, world)
@@ -107,9 +107,10 @@ def build_assess(prepared: Prepared, world: World, engine: Engine, rollout: Roll
     """Answers the run's questions with the weights of the moment, greedily, and has them judged."""
     run = prepared.run
     score = run.evaluate.score
-    functions: Sequence[RewardFunction] = run.reward.functions if score is None else (score,)
+    functions: Sequence[RewardFunction] = run.reward.judging if score is None else (score,)
     judge = _judge(run, functions, world)
-    verifier = next((f.called for f in functions if f.only_exact), functions[0].called)
+    decisive = (f.called for f in functions if f.only_exact or f is run.reward.environment)
+    verifier = next(decisive, functions[0].called)
     sampling = Sampling(max_new_tokens=run.rollout.max_new_tokens, temperature=0.0, seed=run.seed)
     decode = partial(prepared.description.tokenizer.decode, skip_special_tokens=True)
     assessors: dict[str, Callable[[], Any]] = {}

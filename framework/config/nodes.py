@@ -130,7 +130,7 @@ class Source(Node):
 
 
 class Data(Node):
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    train: tuple[Source, ...]
     eval: tuple[Source, ...]
     max_length: Positive
     packing: bool

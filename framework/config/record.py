@@ -50,9 +50,10 @@ def withheld(config: DictConfig) -> dict[Path_, str]:
 
 
 def packed(run: Run) -> str:
-    """A run as JSON for the processes that carry it out, with what is to be withheld from files."""
+    """A run as JSON for the processes that carry it out, with what is to be withheld from files and where its
+    environment's rows are."""
     kept = [[list(where), text] for where, text in run._withheld.items()]
-    return json.dumps({"run": run.model_dump(mode="json"), "withheld": kept})
+    return json.dumps({"run": run.model_dump(mode="json"), "withheld": kept, "rows": run._rows})
 
 
 def unpacked(text: str) -> Run:
@@ -60,6 +61,7 @@ def unpacked(text: str) -> Run:
     tree = json.loads(text)
     run = Run.model_validate_json(json.dumps(tree["run"]))
     run._withheld = {tuple(where): value for where, value in tree["withheld"]}
+    run._rows = dict(tree["rows"])
     return run
 
 

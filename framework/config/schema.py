@@ -90,9 +90,13 @@ class Run(Node):
     # Values that read the environment, as written, by their place: `config.record` saves them so.
     _withheld: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
+    # Files with the rows of `reward.environment` by split, once `config.environment` has asked for them.
+    _rows: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         exactly_one("steps", self.steps, "epochs", self.epochs)
+        self._fed()
         if self.data.max_length > self.batch.tokens_per_micro:
             raise refuse(
                 "data.max_length, batch.tokens_per_micro",
@@ -102,7 +106,7 @@ class Run(Node):
                 f"batch.tokens_per_micro={self.data.max_length} or "
                 f"data.max_length={self.batch.tokens_per_micro}",
             )
-        asked = self.data.eval or self.evaluate.prompts or self.evaluate.retention
+        asked = self.data.eval or self.reward.environment or self.evaluate.prompts or self.evaluate.retention
         if self.evaluate.every is not None and not asked:
             raise refuse(
                 "evaluate.every, data.eval",
@@ -110,9 +114,10 @@ class Run(Node):
                 "sources to evaluate on",
                 "'data.eval=[{path: held_out.jsonl}]' or evaluate.every=null",
             )
-        if self.evaluate.prompts and not (self.reward.functions or self.evaluate.score):
+        questions = self.evaluate.prompts or (self.stage.name in ONLINE and self.data.eval)
+        if questions and not (self.reward.judging or self.evaluate.score):
             raise refuse(
-                "evaluate.prompts, evaluate.score",
+                "data.eval, evaluate.prompts, evaluate.score",
                 "prompts to answer, and nothing that says what an answer is worth",
                 "a function of an answer and its row",
                 "reward=verifier or 'evaluate.score={_target_: my_package.my_module.my_score}'",
@@ -160,6 +165,32 @@ class Run(Node):
                 f"batch.sequences={world_size}",
             )
         return self
+
+    def _fed(self) -> None:
+        """Either sources or an environment to learn from."""
+        environment = self.reward.environment
+        if environment is None and not self.data.train:
+            raise refuse(
+                "data.train",
+                "got []",
+                "a list of at least one {path: ...}, or an environment",
+                "'data.train=[{path: FILE.jsonl}]' or reward=environment",
+            )
+        if environment is not None and self.stage.name not in ONLINE:
+            raise refuse(
+                "reward.environment, stage.name",
+                f"prompts and a verifier in stage {self.stage.name}, which learns from given answers",
+                "a stage that answers by itself",
+                "stage=grpo or stage=ppo",
+            )
+        if environment is not None and (self.data.train or self.data.eval):
+            raise refuse(
+                "data.train, data.eval, reward.environment",
+                "sources beside an environment, whose rows are the data",
+                "one of the two",
+                "data.train=[] data.eval=[], or to judge your own rows with its score reward=none "
+                f"'reward.functions=[{{_target_: {environment.target}}}]'",
+            )
 
     def _rehearsed(self) -> None:
         """Replay is mixed into supervised data and a term of its own beside any other."""

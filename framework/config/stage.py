@@ -210,6 +210,7 @@ class Vllm(Rollout):
 
 class Rewards(Node):
     functions: tuple[RewardFunction, ...]
+    environment: RewardFunction | None
     model: Text | None
     model_weight: float
     workers: Positive
@@ -218,5 +219,10 @@ class Rewards(Node):
     max_failed: Share
 
     @property
+    def judging(self) -> tuple[RewardFunction, ...]:
+        """All that is run in processes: the environment's verdict, then the functions."""
+        return (*((self.environment,) if self.environment else ()), *self.functions)
+
+    @property
     def empty(self) -> bool:
-        return not self.functions and self.model is None
+        return not self.judging and self.model is None

@@ -71,6 +71,33 @@ def rewards(run: Run) -> None:
         wanted.append(("evaluate.score", run.evaluate.score))
     for key, function in wanted:
         resolve(function, run.trusted_packages, key=key, supplied=SUPPLIED)
+    environment(run)
+
+
+def environment(run: Run) -> functools.partial[Any] | None:
+    """The class of the run's environment bound to its keywords; None where there is none.
+
+    Raises ConfigError as `resolve` does, and for what is no class with the methods of an environment.
+    """
+    node, key = run.reward.environment, "reward.environment"
+    if node is None:
+        return None
+    found = find(node.target, run.trusted_packages, key=f"{key}._target_")
+    methods = ("rows", "score")
+    lacking = [name for name in methods if not callable(getattr(found, name, None))]
+    if not inspect.isclass(found) or lacking:
+        kind = f"a class without {' and '.join(lacking)}" if inspect.isclass(found) else "a function"
+        raise ConfigError(
+            f"{key}._target_: {node.target} is {kind}; expected a class with the methods rows(split) and "
+            "score(answer, row)"
+            + (
+                ""
+                if inspect.isclass(found)
+                else f"; a function goes into reward.functions: type reward=none "
+                f"'reward.functions=[{{_target_: {node.target}}}]'"
+            )
+        )
+    return resolve(node, run.trusted_packages, key=key)
 
 
 USUAL = {
@@ -302,7 +329,8 @@ def _fits(
             raise ConfigError(f"{key}.{name}: is filled in while training; remove it")
         if name not in settable and not takes_any:
             close = nearest(name, free)
-            type_this = f"type {key}.{close}" if close else f"it has {', '.join(free) or 'no keywords'}"
+            plus = "+" if key == "reward.environment" else ""  # no file of ours lists its keywords
+            type_this = f"type {plus}{key}.{close}" if close else f"it has {', '.join(free) or 'no keywords'}"
             raise ConfigError(f"{key}.{name}: {node.target} has no such keyword; {type_this}")
     for name, parameter in parameters.items():
         given = name in node.keywords or name in supplied or parameter.default is not parameter.empty

@@ -15,7 +15,7 @@ from framework.config import build, judging, record, retention, shortage, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
-from framework.errors import DONE, INTERRUPTED, ConfigError
+from framework.errors import DONE, INTERRUPTED, ConfigError, DataError
 from framework.models import answering
 from framework.models.actor_critic import POLICY, part
 from framework.models.export import export
@@ -41,6 +41,7 @@ def work(run: Run) -> int:
     with StopRequest() as stop, ExitStack() as closing:
         prepared = build.prepare(run)
         world = _join(run, closing)
+        agree(prepared, world)
         checkpoints = build.checkpointer(prepared, world)
         resume = _resume(run, checkpoints)
         where = Path(run.run_dir)
@@ -68,12 +69,31 @@ def measure(run: Run, checkpoint: Path) -> tuple[int, dict[str, float]]:
     """
     bare = run.stage.name == "sft" and not (run.evaluate.prompts or run.evaluate.retention)
     inspected = build.inspect(run) if bare else build.prepare(run)
-    if not (run.data.eval or run.evaluate.prompts or run.evaluate.retention):
+    if not (run.data.eval or run.reward.environment or run.evaluate.prompts or run.evaluate.retention):
         raise ConfigError(
             "nothing to measure on: data.eval is empty; type 'data.eval=[{path: held_out.jsonl}]'"
         )
     with ExitStack() as closing:
         return _measure(inspected, _join(run, closing), checkpoint)
+
+
+def agree(prepared: Prepared, world: World) -> None:
+    """Refuse, on every rank, data that is not the same on all of them. Collective."""
+    tables = (
+        *prepared.tables,
+        *prepared.replay,
+        *prepared.held_out,
+        *prepared.retention,
+        *prepared.questions,
+    )
+    by_rank = world.gather([(table.name, table.fingerprint) for table in tables])
+    for rank, theirs in enumerate(by_rank):
+        odd = [name for (name, print_), other in zip(theirs, by_rank[0], strict=True) if other[1] != print_]
+        if odd:
+            raise DataError(
+                f"{odd[0]}: rank {rank} has read other tokens than rank 0; expected the same everywhere: "
+                "give every machine the same files and versions, and an environment that repeats its rows"
+            )
 
 
 def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tracker:

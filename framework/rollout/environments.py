@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from framework.errors import DataError
+from framework.errors import DataError, UserError
 
 Row = Mapping[str, Any]
 Split = Literal["train", "held_out"]
@@ -74,26 +75,40 @@ class ReasoningGym:
 
 
 def read(environment: Environment, split: Split) -> list[Row]:
-    """The rows of `environment`, checked. Raises DataError for a row that cannot be asked or carried."""
-    rows = list(environment.rows(split))
-    name = type(environment).__name__
+    """The rows of `environment`, checked.
+
+    Raises DataError where it raises, where it has none, and for a row that cannot be asked or carried.
+    """
+    asked = f"{type(environment).__name__}.rows({split!r})"
+    try:
+        rows = list(environment.rows(split))
+    except UserError:
+        raise
+    except Exception as problem:  # whatever a class of the user's raises
+        raise DataError(f"{asked} raised {told(problem)}; expected a sequence of rows") from problem
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{asked}[{number}] is {row!r:.200}; expected a mapping with a prompt")
         prompt = row.get("prompt")
         if not (prompt and isinstance(prompt, str | Sequence)):
             raise DataError(
-                f"{name}.rows({split!r})[{number}] has prompt={prompt!r}; expected a text or a list of "
-                "messages"
+                f"{asked}[{number}] has prompt={prompt!r:.200}; expected a text or a list of messages"
             )
         try:
-            json.dumps(row)
-        except (TypeError, ValueError) as problem:
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as problem:
             raise DataError(
-                f"{name}.rows({split!r})[{number}] cannot be written as JSON, which the verifier's process "
-                f"needs: {problem}"
+                f"{asked}[{number}] cannot be written as JSON, which the verifier's process needs: {problem}"
             ) from problem
     if not rows:
-        raise DataError(f"{name}.rows({split!r}) is empty; expected at least one row")
+        raise DataError(f"{asked} is empty; expected at least one row")
     return rows
+
+
+def told(problem: Exception) -> str:
+    """What code that is not ours raised, and where."""
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{type(problem).__name__}: {problem} ({last.filename}:{last.lineno})"
 
 
 def _asking(row: dict[str, Any]) -> Row:

@@ -30,6 +30,7 @@ NEEDED = {  # what a choice asks for besides
     "stage=distill": TAUGHT[1:],
     "experiment=on_policy_distillation": ["stage.reference_path=some/teacher"],
     "reward=model": ["reward.model=some/model"],
+    "reward=environment": ["stage=grpo", "data.train=[]", "+reward.environment.family=basic_arithmetic"],
     "loss=sft": [],
     "loss=dft": [],
     "loss=reward": ["stage=reward"],

@@ -52,6 +52,19 @@ MISTAKES = {
         ["stage.top_k=401: both models know 400 tokens", "type stage.top_k=null"],
     ),
     "no reward": (["stage=grpo"], ["stage grpo and nothing that rewards", "reward=verifier"]),
+    "an environment that is none": (
+        [
+            "stage=grpo",
+            "reward=environment",
+            "data.train=[]",
+            "reward.environment._target_=framework.data.tasks.Family",
+        ],
+        ["Family is a class without rows and score; expected a class with the methods rows(split)"],
+    ),
+    "an environment's keyword that is not set": (
+        ["stage=grpo", "reward=environment", "data.train=[]"],
+        ["ReasoningGym needs it and it is not set; type +reward.environment.family=VALUE"],
+    ),
     "a model that writes as a judge": (
         ["stage=ppo", "reward=model", "reward.model=model"],
         ["model holds no reward model, its head writes tokens", "expected RUN/model of a stage=reward run"],
