@@ -68,7 +68,7 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
     samples = [record for record in records if record["kind"] == "samples"]
     resumes = [record["step"] for record in events if "resumed" in record["message"]]
     title = str(config.get("name") or name)
-    kept = retention.figures(retained, held_out, rollouts, train, resumes)
+    kept = retention.figures(retained, held_out, rollouts, train, events, resumes)
     sections = [
         parts.section("Learnt and forgotten", kept, "charts"),
         parts.section("", _tiles(train, held_out), "tiles"),

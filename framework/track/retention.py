@@ -23,14 +23,22 @@ def figures(
     held_out: Sequence[Record],
     rollouts: Sequence[Record],
     train: Sequence[Record],
+    events: Sequence[Record],
     resumes: Sequence[float],
 ) -> str:
-    """Two figures and a table; "" for a run that watched nothing."""
+    """Gain against forgetting, forgetting over time, replay where it was steered, the last look in numbers,
+    and whether a budget was kept; "" for a run that watched nothing.
+    """
     kinds = strata(retained)
     if not kinds:
         return ""
     changes = {kind: _percent(parts.points(retained, f"{kind}/relative")) for kind in kinds}
     what, gains = gain(held_out, rollouts, train, set(kinds))
+    replay = {
+        name: parts.points(retained, key)
+        for name, key in (("share", "replay/share"), ("coefficient", "replay/coefficient"))
+        if parts.points(retained, key)
+    }
     return (
         tradeoff(what, gains, _worst(changes))
         + chart(
@@ -40,7 +48,9 @@ def figures(
             marks=resumes,
             from_zero=True,
         )
+        + chart("Replay", replay, unit="steered to keep the budget", marks=resumes, from_zero=True)
         + _table(retained[-1], kinds)
+        + _verdict(events)
     )
 
 
@@ -116,6 +126,16 @@ def tradeoff(what: str, gains: Points, forgotten: Points) -> str:
         + "".join(drawn)
         + "</svg></figure>"
     )
+
+
+def _verdict(events: Sequence[Record]) -> str:
+    """What became of a budget of forgetting."""
+    judged = [event for event in events if "verdict" in event]
+    if not judged:
+        return ""
+    last = judged[-1]
+    mood = {"kept": "good", "infeasible": "bad"}.get(str(last["verdict"]), "open")
+    return parts.tile("forgetting budget", escape(str(last["verdict"])), str(last["message"]), mood)
 
 
 def _table(last: Record, kinds: Sequence[str]) -> str:

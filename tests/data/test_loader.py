@@ -193,3 +193,27 @@ def test_dtypes_and_padding_are_as_the_contract_says():
         assert (batch.boundaries.dtype, batch.weights.dtype) == (torch.int32, torch.float32)
         for name in ("input_ids", "position_ids", "trained", "targets", "segments", "sources"):
             assert getattr(batch, name).dtype == torch.int64
+
+
+def test_a_share_that_changes_on_the_way_is_exact_and_alike_on_one_and_two_ranks(prepared):
+    """Replay's trained tokens after every step, packed: within one example of the shares asked for."""
+    shares, longest = [0.2, 0.5, 0.05, 0.35, 0.0, 0.6], max(int(t.trained.max()) for t in prepared)
+    one, ranks = make(prepared), [make(prepared, rank=rank, world_size=2) for rank in (0, 1)]
+    owed = 0.0
+    for share in shares:
+        for loader in (one, *ranks) if share != 0.2 else ():
+            loader.change_share(share)
+        for _ in range(4):
+            stats = one.next().stats
+            steps = [loader.next() for loader in ranks]
+            assert all(
+                step.stats["trained_tokens/general"] == stats["trained_tokens/general"] for step in steps
+            )
+            trained = [sum(float(micro.weights.sum()) for micro in step.micros) for step in steps]
+            assert sum(trained) == stats["trained_tokens"]
+            owed += share * stats["trained_tokens"] - stats["trained_tokens/general"]
+            assert abs(owed) <= longest or share == 0.0
+    resumed = make(prepared, rank=1, world_size=4)
+    resumed.load_state_dict(one.state_dict())
+    assert resumed.next().stats["trained_tokens/general"] == one.next().stats["trained_tokens/general"]
+    assert make(prepared).state_dict() == {"index": 0}  # what never changed says nothing of it

@@ -22,7 +22,7 @@ TRAIN = [{"kind": "train", "step": s, "loss": 3.0 - s / 10} for s in (1, 11, 21)
 
 def test_the_worst_kind_stands_against_the_fall_of_the_held_out_loss():
     evals = [{"kind": "eval", "step": s, "task/loss": 2.0 - s / 20, "chat/loss": 9.0 + s} for s in (0, 20)]
-    drawn = retention.figures(RETAINED, evals, [], TRAIN, [])
+    drawn = retention.figures(RETAINED, evals, [], TRAIN, [], [])
     titles = re.findall(r"<title>(step [^<]*)</title>", drawn)[:3]
     assert titles == [
         "step 0: gained 0, forgot 0 %",
@@ -65,3 +65,13 @@ def test_a_diverged_model_is_drawn_as_far_as_it_goes():
 
 def broken(step):
     return {key: ("NaN" if "/" in key else value) for key, value in retain(step, 0, 0).items()}
+
+
+def test_a_budget_shows_what_became_of_it_and_how_replay_moved():
+    steered = [line | {"replay/share": share} for line, share in zip(RETAINED, (0.1, 0.2, 0.15), strict=True)]
+    judged = {"kind": "event", "step": 20, "message": "budget <of> 1%", "verdict": "infeasible"}
+    page = render([*TRAIN, *steered, judged], config={}, status="done", name="run")
+    assert '<div class="tile bad"><span>forgetting budget</span><b>infeasible</b>' in page
+    assert "budget &lt;of&gt; 1%" in page
+    assert "share, step 10: 0.2" in page
+    assert "forgetting budget</span>" not in render([*TRAIN, *RETAINED], config={}, status="done", name="run")
