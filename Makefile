@@ -1,6 +1,7 @@
 # make demo       fine-tune a real model on two ranks and see what it learnt and what it kept
 # make demo-rlhf  teach it further by preferences and rewards, and see what each way brought
 # make test       run the tests
+# make test-multihost  train on two and four hosts made of network namespaces; needs root and iproute2
 # make check      format, lint, check types
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
 # constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place, JOBS=... how many
@@ -22,7 +23,7 @@ SHELL = /bin/bash
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-rlhf test check clean
+.PHONY: help demo demo-rlhf test test-multihost check clean
 help:
 	@sed -n 's/^# \(make \)/\1/p' Makefile
 
@@ -34,6 +35,9 @@ demo-rlhf: $(STAMPS)/demo
 
 test: $(STAMPS)/test
 	@$(VENV)/bin/python -m pytest -m "not multihost" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-multihost: $(STAMPS)/test
+	@$(VENV)/bin/python -m pytest -m multihost tests/multihost $(ARGS)
 
 # Where CI is set nothing is rewritten: a file that is not formatted fails.
 check: $(STAMPS)/check

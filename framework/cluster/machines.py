@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and one machine alone needs 
     from framework.cluster.meeting import Meeting
 
 BEAT_S = 1.0  # between two signs of life
+RESOLVE_S = 60.0  # a pod's own name is known to it only after a while
 SILENT_S = 3.5  # without a sign of life this long a machine is worth naming when something has failed
 
 
@@ -79,7 +80,9 @@ def gathered(
         return
     assert address is not None
     assert port is not None
-    if rank != 0:
+    if rank == 0:
+        _resolve(address, min(timeout_s, RESOLVE_S))
+    else:
         _reach(address, port, timeout_s)
 
     from framework.cluster.environ import Place
@@ -238,6 +241,28 @@ class Heartbeat:
         )
         self._ages, self._failures, self._names = ages, failures, names
         self._answered = time.monotonic()
+
+
+def _resolve(address: str, patience_s: float) -> None:
+    """Wait until machine 0 knows its own name. Raises MachineLost where that leads to no other machine."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            found = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise MachineLost(
+                    f"launch.master_addr={address}: {error.strerror} on this machine, which is machine 0; "
+                    "expected its own name or address"
+                ) from error
+            time.sleep(0.5)
+            continue
+        if found.startswith("127.") and address not in (found, "localhost"):  # as Debian's /etc/hosts has it
+            raise MachineLost(
+                f"launch.master_addr={address} is {found} on machine 0, where no other machine reaches it; "
+                "type launch.master_addr=ADDRESS, the one that the others see"
+            )
+        return
 
 
 def _reach(address: str, port: int, timeout_s: float) -> None:

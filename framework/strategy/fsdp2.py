@@ -37,6 +37,7 @@ from framework.strategy.base import (
 )
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.ddp import Ddp
+from framework.strategy.exchange import SumByExchange
 from framework.strategy.frozen import Frozen
 from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
 from framework.strategy.mesh import Mesh, mesh_of, ranks_of_a_host
@@ -147,6 +148,8 @@ class Fsdp:
             # gradients add; plain sums are also the one reduction that every backend has
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+            if self.world.device.type == "cpu":
+                unit.set_custom_reduce_scatter(cast(Any, SumByExchange()))
 
 
 class FsdpEngine:

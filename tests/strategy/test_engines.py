@@ -229,9 +229,9 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name = function.name().split("::")
         if namespace == "c10d":
-            assert "gather" in name or "reduce" in name, name
+            assert any(word in name for word in ("gather", "reduce", "alltoall")), name
             self.gathers += "gather" in name
-            self.reductions += "reduce" in name
+            self.reductions += "reduce" in name or "alltoall" in name  # pieces exchanged, then summed
         return function(*args, **(kwargs or {}))
 
 
