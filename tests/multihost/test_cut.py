@@ -61,13 +61,13 @@ def losses(run_dir):
     return found
 
 
-def finish(processes, logs, timeout_s=300):
+def finish(processes, logs, timeout_s=900):
     statuses = [process.wait(timeout_s) for process in processes]
     said = [(logs / f"host-{host}").read_text() for host in range(len(processes))]
     return statuses, said
 
 
-def wait_for_step(run_dir, step, processes, timeout_s=300):
+def wait_for_step(run_dir, step, processes, timeout_s=900):
     deadline = time.monotonic() + timeout_s
     while max(losses(run_dir), default=0) < step:
         assert all(process.poll() is None for process in processes)
