@@ -78,7 +78,7 @@ def ours(place, model, **changes):
     chosen = {"stage": "distill", "stage__teacher": place / "teacher", **changes}
     chosen |= {"loss__beta": 0.3} if chosen.get("loss") == "jsd" else {}
     line = recipes.overrides(model, place / "chats.jsonl", place, **chosen)
-    return line, workers.run(1, recipes.train, line, steps=1)
+    return line, workers.run(1, recipes.train, line, steps=1, timeout_s=180)
 
 
 CELLS = [
@@ -123,7 +123,7 @@ def measured(place, model):
         stage__teacher=place / "teacher",
         data__eval=f"[{{path: {place}/chats.jsonl, name: held}}]",
     )
-    (found,) = workers.run(1, evaluated, line)
+    (found,) = workers.run(1, evaluated, line, timeout_s=180)
     return line, found
 
 
@@ -153,8 +153,8 @@ def test_an_adapter_learns_the_same_on_two_ranks(strategy, place, tiny_model_dir
         replay__fraction=0.3,
         replay__sources=f"[{{path: {place}/general.jsonl, name: general}}]",
     )
-    (alone,) = workers.run(1, stage_recipes.curve, line, steps=4)
-    ranks = workers.run(2, stage_recipes.curve, [*line, f"strategy={strategy}"], steps=4)
+    (alone,) = workers.run(1, stage_recipes.curve, line, steps=4, timeout_s=180)
+    ranks = workers.run(2, stage_recipes.curve, [*line, f"strategy={strategy}"], steps=4, timeout_s=180)
     assert ranks[0] == ranks[1]
     assert alone["lines"][-1]["loss"] < 0.9 * alone["lines"][0]["loss"]
     for found, expected in zip(ranks[0]["lines"], alone["lines"], strict=True):
