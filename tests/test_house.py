@@ -195,3 +195,28 @@ def test_the_search_for_dangers_lets_safe_code_be():
         "torch.load(p, weights_only=True); model.eval(); yaml.safe_load(t); load(p, trust_remote_code=False)"
     )
     assert not list(dangers(ast.parse(safe)))
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_two_test_files_have_one_name():
+    """Directories of tests are no packages: of two modules of one name pytest and the workers import one."""
+    seen: dict[str, list[Path]] = {}
+    for path in TESTS:
+        if path.name != "conftest.py" and not path.name.startswith("program_"):  # those are started by path
+            seen.setdefault(path.name, []).append(path)
+    twice = {name: paths for name, paths in seen.items() if len(paths) > 1}
+    assert not twice, "\n".join(f"{name}: {', '.join(map(place, paths))}" for name, paths in twice.items())
+
+
+def test_tests_import_helpers_of_their_own_room_or_of_all():
+    """A helper of another room is found only if that room was collected before, so not by every worker."""
+    homes = {path.stem: path.parent for path in TESTS if not path.name.startswith(("test_", "program_"))}
+    found = [
+        f"{place(path, line)} imports {name} of {homes[name.split('.')[0]].name}"
+        for path in TESTS
+        for line, name in imports(path)
+        if (home := homes.get(name.split(".")[0])) and home not in (path.parent, ROOT / "tests")
+    ]
+    assert not found, "\n".join(found)
