@@ -160,7 +160,7 @@ class Replay(Node):
     scale: Annotated[float, Field(gt=0)] | None
     sequences: Positive | None
     max_forgetting: Annotated[float, Field(gt=0)] | None
-    unit: Literal["relative_loss"]
+    unit: Literal["relative_loss", "kl"]
     most: Annotated[float, Field(gt=0)] | None
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
 

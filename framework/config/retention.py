@@ -15,8 +15,7 @@ from framework.config.build import Prepared
 from framework.config.probes import Probes
 from framework.config.steering import Steering
 from framework.data import cache, collate, pack
-from framework.losses import sft as token_losses
-from framework.stages.sft import TokenObjective
+from framework.stages.against import AgainstStart
 from framework.strategy.base import Engine, World
 from framework.train.retain import Probe, Retention, Stratum, relative
 
@@ -48,7 +47,7 @@ def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) ->
     if prepared.run.replay.max_forgetting is not None:
         replay = prepared.run.replay
         decide = Steering(replay, probes.budgeted, stage.steer, world, steps=prepared.steps)
-    objective = TokenObjective(token_losses.sft)
+    objective = AgainstStart(vocabulary=prepared.description.vocab_size)
     return Retention(engine, probe, objective, probes.cadence, decide=decide, told=told)
 
 
@@ -79,6 +78,7 @@ def summary(watch: Retention | None) -> dict[str, Any]:
             "relative": relative(found.change),
             "relative_high": relative(found.high),
             "noise": watch.noise[name],
+            "kl": watch.divergences[name].change if name in watch.divergences else None,
             "rows": found.rows,
         }
         for name, found in watch.latest.items()

@@ -28,20 +28,26 @@ class Steering:
         assert asked.max_forgetting is not None
         assert asked.most is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
-        rules = Rules(budget=math.log1p(asked.max_forgetting), start=asked.start, most=asked.most)
-        self.controller = Controller(rules)
+        budget = math.log1p(asked.max_forgetting) if asked.unit == "relative_loss" else asked.max_forgetting
+        self.controller = Controller(Rules(budget=budget, start=asked.start, most=asked.most))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}
 
     def __call__(
-        self, step: int, changes: Mapping[str, Change], noise: Mapping[str, float]
+        self,
+        step: int,
+        changes: Mapping[str, Change],
+        noise: Mapping[str, float],
+        divergences: Mapping[str, Change],
     ) -> tuple[dict[str, float], list[Report]]:
         """(metrics, lines) of a look after `step` steps. Collective."""
+        by_kl = self.asked.unit == "kl"
+        found = divergences if by_kl else changes
         readings = dict.fromkeys(self.names, NOTHING)  # of rows that the start model cannot score
-        for name in changes.keys() & readings.keys():
-            found = changes[name]
-            readings[name] = Reading(found.change, found.high, noise[name], found.rows)
+        for name in found.keys() & readings.keys():
+            one = found[name]
+            readings[name] = Reading(one.change, one.high, 0.0 if by_kl else noise[name], one.rows)
         self.spent += self.controller.state.amount * (step - self.since)
         self.since = step
         metrics = {"replay/share" if self._mixed else "replay/coefficient": self.controller.state.amount}
@@ -91,14 +97,22 @@ class Steering:
     def _worst(self, name: str | None, readings: Mapping[str, Reading]) -> str:
         if name is None or readings[name].high <= 0:
             return "nothing is forgotten"
-        return f"{name} has forgotten up to {relative(readings[name].high):.2%}"
+        return f"{name} has forgotten up to {self._shown(readings[name].high)}"
+
+    def _shown(self, nats: float) -> str:
+        """A change of loss as people read it, or a divergence."""
+        return f"{relative(nats):.2%}" if self.asked.unit == "relative_loss" else f"{nats:.4g} nats of KL"
+
+    @property
+    def _asked(self) -> str:
+        return self._shown(self.controller.rules.budget)
 
     def _moved(self, decision: Decision, readings: Mapping[str, Reading]) -> str:
         word = "up" if decision.amount > decision.before else "down"
         return (
             f"{self._word()} goes {word} from {self._amount(decision.before)} to "
             f"{self._amount(decision.amount)}: {self._worst(decision.binding, readings)}, the budget is "
-            f"{self.asked.max_forgetting:.2%}"
+            f"{self._asked}"
         )
 
     def _doubts(self, readings: Mapping[str, Reading]) -> list[Report]:
@@ -108,10 +122,10 @@ class Steering:
             if not resolvable(reading.rows):
                 why = f"{reading.rows} rows bound no change by less than itself; expected 7, best hundreds"
             elif reading.noise >= self.controller.rules.budget:
-                why = f"the start model measured twice differs by {relative(reading.noise):.2%} on it"
+                why = f"the start model measured twice differs by {self._shown(reading.noise)} on it"
             else:
                 continue
-            message = f"a budget of {self.asked.max_forgetting:.2%} cannot be resolved on {name}: {why}"
+            message = f"a budget of {self._asked} cannot be resolved on {name}: {why}"
             lines.append(("event", {"message": message}))
         return lines
 
@@ -121,7 +135,7 @@ class Steering:
         self.judged = {
             "verdict": verdict.status,
             "binding": verdict.binding,
-            "forgotten": relative(verdict.high),
+            "forgotten": relative(verdict.high) if self.asked.unit == "relative_loss" else verdict.high,
             "budget": self.asked.max_forgetting,
             "unit": self.asked.unit,
             "mean_replay": mean,
@@ -131,7 +145,7 @@ class Steering:
         return "event", self.judged
 
     def _verdict(self, verdict: Verdict, readings: Mapping[str, Reading], mean: float) -> str:
-        budget = f"forgetting budget of {self.asked.max_forgetting:.2%}"
+        budget = f"forgetting budget of {self._asked}"
         worst = self._worst(verdict.binding, readings)
         used = f"with {self._word()} at {self._amount(mean)} on average"
         if verdict.status == "kept":
@@ -145,8 +159,8 @@ class Steering:
                 f"about {enough} rows of that kind in evaluate.retention would do" if enough else "more rows"
             )
             return (
-                f"{budget} not resolved: {verdict.binding} has changed by {relative(reading.change):.2%}, "
-                f"which its {reading.rows} rows only bound by {relative(reading.high):.2%}; {need}"
+                f"{budget} not resolved: {verdict.binding} has changed by {self._shown(reading.change)}, "
+                f"which its {reading.rows} rows only bound by {self._shown(reading.high)}; {need}"
             )
         at = self.controller.state.amount
         if at < self.controller.rules.most:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from framework.batch import Batch, Outputs, Scores
+from framework.batch import Batch, Distribution, Outputs, Scores
 from framework.errors import ModelError
 from framework.models.load import Description
 from framework.models.policy import NOTHING, Policy
@@ -36,6 +36,7 @@ class ActorCritic(nn.Module):
         adapter: bool = True,
         temperature: float = 1.0,
         actor: bool = True,
+        distribution: Distribution | None = None,
     ) -> Outputs | Scores:
         """What the policy answers (see `Policy.forward`), with `values` [K] where `needs` names "values".
 
@@ -44,7 +45,10 @@ class ActorCritic(nn.Module):
         """
         if not actor:
             return self.critic(batch)
-        outputs = self.policy(batch, needs=needs, adapter=adapter, temperature=temperature)
+        of_policy = needs if distribution is None else needs - {"values"}
+        outputs = self.policy(
+            batch, needs=of_policy, adapter=adapter, temperature=temperature, distribution=distribution
+        )
         return outputs._replace(values=self.critic(batch).scores) if "values" in needs else outputs
 
     def blocks(self) -> Sequence[nn.Module]:

@@ -1,8 +1,10 @@
 """What a run has forgotten so far: the loss on general text against that of the model it started from.
 
-The start model is asked once, before training, and what it said of each row is kept in the checkpoint; so
-nothing but the trained model is in memory, and a resumed run goes on with the same numbers. Rows are added
-up in fp64 in one order and forward passes are cut alike whatever the world size: every rank decides alike.
+The start model is asked before training, and the loss that it gave each row is kept in the checkpoint; so
+nothing but the trained model is in memory, and a resumed run goes on with the same numbers. Its likeliest
+tokens, which KL(start || model) needs, are asked for again by a resumed run, which holds the start weights
+at first. Rows are added up in fp64 in one order and passes are cut alike whatever the world size: every rank
+decides alike.
 
 Letters: n rows of a stratum, row i with t_i trained tokens and d_i nats more than the start model gave it.
 change = sum d_i / sum t_i, a ratio estimate whose variance over rows is
@@ -12,12 +14,12 @@ n / (n - 1) * sum (d_i - change * t_i)^2 / (sum t_i)^2 (Cochran 1977, section 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from framework.batch import Batch
-from framework.losses.items import Objective
+from framework.losses.items import Items
 from framework.strategy.base import Engine, World
 from framework.train.trainer import Report
 
@@ -62,15 +64,28 @@ class Change:
         return self.change + self.half
 
 
-Score = tuple[float, float]
-"""(nats, trained tokens) of one row."""
+Score = Sequence[float]
+"""Of one row: nats, trained tokens, and where it is known KL(start || model) over them, in nats."""
+
+
+class Measure(Protocol):
+    """An objective that may also say, as the metric `kl`, how far the model is from the start."""
+
+    def __call__(self, engine: Engine, batch: Batch) -> Items: ...
+
+    def remember(self, engine: Engine, batch: Batch) -> Items:
+        """The same of the start model, remembered for `kl`."""
 
 
 class Decide(Protocol):
     """Acts on what a look has found; it may change what is trained on next. Alike on all ranks."""
 
     def __call__(
-        self, step: int, changes: Mapping[str, Change], noise: Mapping[str, float]
+        self,
+        step: int,
+        changes: Mapping[str, Change],
+        noise: Mapping[str, float],
+        divergences: Mapping[str, Change],
     ) -> tuple[Mapping[str, float], Sequence[Report]]:
         """(metrics beside those of the look, lines) of a look after `step` steps, by stratum."""
 
@@ -92,6 +107,13 @@ def compare(start: Sequence[Score], now: Sequence[Score]) -> Change | None:
         half = quantile(len(pairs) - 1) * math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / tokens
     loss = math.fsum(b for _, b, _ in pairs) / tokens if _finite(pairs) else math.nan
     return Change(loss, change, half, len(pairs), int(tokens))
+
+
+def diverged(now: Sequence[Score]) -> Change | None:
+    """The mean KL over tokens with its interval over rows; None where it is not known."""
+    if not all(len(row) > 2 for row in now):
+        return None
+    return compare([(0.0, row[1]) for row in now], [(row[2], row[1]) for row in now])
 
 
 def _finite(pairs: Sequence[tuple[float, float, float]]) -> bool:
@@ -117,22 +139,26 @@ def relative(change: float) -> float:
     return math.expm1(change) if change < 700 else math.inf
 
 
-def score(engine: Engine, objective: Objective, micros: Sequence[Batch], rows: int) -> list[Score]:
-    """Nats and trained tokens of every row, alike on every rank. Collective."""
+def score(
+    engine: Engine, objective: Callable[[Engine, Batch], Items], micros: Sequence[Batch], rows: int
+) -> list[Score]:
+    """A score of every row, alike on every rank. Collective."""
     mine: dict[int, list[float]] = {}
     with engine.inference():
         for batch in micros:
             items = objective(engine, batch)
             weights = items.weight.detach().double().cpu()
-            nats = (items.loss.detach().double().cpu() * weights).where(weights > 0, 0.0)
+            kinds = [items.loss] + [items.metrics[name] for name in ("kl",) if name in items.metrics]
+            values = [(k.detach().double().cpu() * weights).where(weights > 0, 0.0) for k in kinds]
             owners = batch.sources[batch.segments.cpu()]  # [K] the row of each trained token
             for row in batch.sources[batch.sources >= 0].unique().tolist():
                 chosen = owners == row
-                mine[row] = [float(nats[chosen].sum()), float(weights[chosen].sum())]
+                nats, *others = (float(value[chosen].sum()) for value in values)
+                mine[row] = [nats, float(weights[chosen].sum()), *others]
     known: dict[int, list[float]] = {}
     for rank in engine.world.gather(list(mine.items())):
         known |= {int(row): values for row, values in rank}
-    return [(known[row][0], known[row][1]) for row in range(rows)]
+    return [known[row] for row in range(rows)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +190,7 @@ class Retention:
         self,
         engine: Engine,
         probe: Probe,
-        objective: Objective,
+        objective: Measure,
         cadence: Cadence,
         *,
         decide: Decide | None = None,
@@ -174,6 +200,7 @@ class Retention:
         self.decide, self._told = decide, list(told)
         self.looked: int | None = None
         self.latest: dict[str, Change] = {}
+        self.divergences: dict[str, Change] = {}  # KL(start || model), nats a token
         self.noise: dict[str, float] = {}
         self._start: dict[str, dict[str, Any]] = {}  # by stratum: its identity, and a score for each row
 
@@ -189,13 +216,17 @@ class Retention:
             known = saved["start"].items()
             self._start = {n: dict(one) for n, one in known if wanted.get(n) == one["identity"]}
             self.latest = {n: Change(**c) for n, c in saved["latest"].items() if n in self._start}
+            self.divergences = {
+                n: Change(**c) for n, c in saved.get("divergences", {}).items() if n in self._start
+            }
             if self.decide is not None and "decide" in saved:
                 self.decide.load_state_dict(saved["decide"])
+        first = self._score(self.probe.micros, self.objective.remember)
         missing = [s for s in self.probe.strata if s.name not in self._start]
         if missing:
-            first, second = self._score(self.probe.micros), self._score(self.probe.again)
+            second = self._score(self.probe.again, self.objective)
             for stratum in missing:
-                scores = [first[row] for row in stratum.rows]
+                scores = [first[row][:2] for row in stratum.rows]
                 noise = compare(scores, [second[row] for row in stratum.rows])
                 self._start[stratum.name] = {
                     "identity": stratum.identity,
@@ -212,16 +243,19 @@ class Retention:
         """Measure every stratum. Collective; alike on all ranks."""
         self.looked = step
         if step == 0:  # the start model is the start model
-            now = {name: one["scores"] for name, one in self._start.items()}
+            now: dict[str, list[Score]] = {
+                name: [(*one, 0.0) for one in start["scores"]] for name, start in self._start.items()
+            }
         else:
-            scores = self._score(self.probe.micros)
+            scores = self._score(self.probe.micros, self.objective)
             now = {s.name: [scores[row] for row in s.rows] for s in self.probe.strata}
         found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
         self.latest = {name: change for name, change in found.items() if change is not None}
+        self.divergences = {name: moved for name in self.latest if (moved := diverged(now[name])) is not None}
         told, self._told = self._told, []
         if self.decide is None:
             return [*told, ("retain", self.line())]
-        metrics, lines = self.decide(step, self.latest, self.noise)
+        metrics, lines = self.decide(step, self.latest, self.noise, self.divergences)
         return [*told, ("retain", {**self.line(), **metrics}), *lines]
 
     def line(self) -> dict[str, float]:
@@ -238,14 +272,18 @@ class Retention:
                 f"{name}/noise": self.noise[name],
                 f"{name}/units": float(found.tokens),
             }
+            if name in self.divergences:
+                line |= {f"{name}/kl": self.divergences[name].change}
+                line |= {f"{name}/kl_high": self.divergences[name].high}
         return line
 
     def state_dict(self) -> dict[str, Any]:
         """What the start model said, and the last look; JSON."""
         latest = {name: vars(change) for name, change in self.latest.items()}
-        state = {"looked": self.looked, "start": self._start, "latest": latest}
+        moved = {name: vars(change) for name, change in self.divergences.items()}
+        state = {"looked": self.looked, "start": self._start, "latest": latest, "divergences": moved}
         return state if self.decide is None else {**state, "decide": self.decide.state_dict()}
 
-    def _score(self, micros: Sequence[Batch]) -> list[Score]:
+    def _score(self, micros: Sequence[Batch], objective: Callable[[Engine, Batch], Items]) -> list[Score]:
         rows = sum(len(stratum.rows) for stratum in self.probe.strata)
-        return score(self.engine, self.objective, micros, rows)
+        return score(self.engine, objective, micros, rows)

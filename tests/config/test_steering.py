@@ -29,11 +29,15 @@ def changes(chat, code=0.0, half=0.001, rows=64):
 QUIET = {"chat": 0.0, "code": 0.0}
 
 
+def look(steer, step, found, noise, divergences=None):
+    return steer(step, found, noise, divergences or {})
+
+
 def test_nothing_moves_before_training_and_every_move_says_why():
     steer, amounts = steering()
-    metrics, lines = steer(0, changes(0.0), QUIET)
+    metrics, lines = look(steer, 0, changes(0.0), QUIET)
     assert (metrics, lines, amounts) == ({"replay/share": 0.1}, [], [])
-    metrics, lines = steer(70, changes(0.05), QUIET)
+    metrics, lines = look(steer, 70, changes(0.05), QUIET)
     assert metrics == {"replay/share": 0.1}  # what brought this about
     (kind, line), amount = lines[0], amounts[0]
     assert kind == "event"
@@ -46,10 +50,10 @@ def test_what_cannot_be_met_is_said_while_there_is_time_and_at_the_end():
     steer, amounts = steering()
     said = []
     for step in range(70, 100, 2):
-        said += [line["message"] for _, line in steer(step, changes(0.2, 0.01), QUIET)[1]]
+        said += [line["message"] for _, line in look(steer, step, changes(0.2, 0.01), QUIET)[1]]
     assert amounts[-1] == 0.5
     assert sum("cannot be met" in message for message in said) == 1
-    _, ((_, line),) = steer(100, changes(0.2, 0.01), QUIET)
+    _, ((_, line),) = look(steer, 100, changes(0.2, 0.01), QUIET)
     assert (line["verdict"], line["binding"]) == ("infeasible", "chat")
     for told in ("2.00% infeasible", "reached its most, 50.00%", "replay.sources", "optim.lr"):
         assert told in line["message"]
@@ -58,9 +62,9 @@ def test_what_cannot_be_met_is_said_while_there_is_time_and_at_the_end():
 
 def test_a_kept_budget_says_by_how_much_and_with_how_much_replay():
     steer, _ = steering()
-    steer(0, changes(0.0), QUIET)
-    steer(50, changes(0.001), QUIET)
-    _, ((_, line),) = steer(100, changes(0.004, -0.5), QUIET)
+    look(steer, 0, changes(0.0), QUIET)
+    look(steer, 50, changes(0.001), QUIET)
+    _, ((_, line),) = look(steer, 100, changes(0.004, -0.5), QUIET)
     assert line["verdict"] == "kept"
     assert line["mean_replay"] == pytest.approx((0.1 * 50 + steer.controller.state.amount * 50) / 100)
     assert "chat has forgotten up to 0.50%" in line["message"]
@@ -68,34 +72,34 @@ def test_a_kept_budget_says_by_how_much_and_with_how_much_replay():
 
 def test_a_run_that_ends_too_soon_says_to_begin_with_more():
     steer, _ = steering()
-    _, ((_, line),) = steer(100, changes(0.2), QUIET)
+    _, ((_, line),) = look(steer, 100, changes(0.2), QUIET)
     assert line["verdict"] == "infeasible"
     assert "on its way; begin with more" in line["message"]
 
 
 def test_budgets_that_a_probe_cannot_resolve_are_named_before_training():
     steer, _ = steering()
-    _, lines = steer(0, changes(0.0, rows=5), {"chat": 0.0, "code": 0.0})
+    _, lines = look(steer, 0, changes(0.0, rows=5), {"chat": 0.0, "code": 0.0})
     assert [line["message"].split(": ")[0] for _, line in lines] == [
         "a budget of 2.00% cannot be resolved on chat",
         "a budget of 2.00% cannot be resolved on code",
     ]
-    _, lines = steer(0, changes(0.0), {"chat": 0.03, "code": 0.0})
+    _, lines = look(steer, 0, changes(0.0), {"chat": 0.03, "code": 0.0})
     assert "measured twice differs by 3.05%" in lines[0][1]["message"]
-    _, ((_, line),) = steer(100, changes(0.005, half=0.1, rows=20), QUIET)
+    _, ((_, line),) = look(steer, 100, changes(0.005, half=0.1, rows=20), QUIET)
     assert line["verdict"] == "unresolvable"
     assert f"about {math.ceil(20 * (0.1 / (math.log(1.02) - 0.005)) ** 2)} rows" in line["message"]
 
 
 def test_a_kind_of_text_that_cannot_be_scored_is_not_called_kept():
     steer, _ = steering(names=("chat", "lost"))
-    _, ((_, line),) = steer(100, changes(0.0), QUIET)
+    _, ((_, line),) = look(steer, 100, changes(0.0), QUIET)
     assert (line["verdict"], line["binding"]) == ("unresolvable", "lost")
 
 
 def test_a_coefficient_is_steered_like_a_share():
     steer, amounts = steering(fraction=0.0, scale=1.0, sequences=8, most=10.0)
-    metrics, lines = steer(70, changes(0.05), QUIET)
+    metrics, lines = look(steer, 70, changes(0.05), QUIET)
     assert metrics == {"replay/coefficient": 1.0}
     assert 1.0 < amounts[0] < 5.0
     assert "the coefficient of replay goes up from 1 to" in lines[0][1]["message"]
@@ -106,9 +110,9 @@ def test_all_ranks_get_what_rank_0_decided():
     other, amounts = steering()
     first, _ = steering()
     first.world = SimpleNamespace(rank=0, broadcast=lambda value: told.append(value) or value)
-    first(70, changes(0.05), QUIET)
+    look(first, 70, changes(0.05), QUIET)
     other.world = SimpleNamespace(rank=1, broadcast=lambda value: told[0])
-    other(70, changes(0.0), QUIET)  # whatever this rank has measured itself
+    look(other, 70, changes(0.0), QUIET)  # whatever this rank has measured itself
     assert other.controller.state == first.controller.state
     assert amounts == [first.controller.state.amount]
 
@@ -118,12 +122,23 @@ def test_its_state_goes_through_json_and_repeats_every_move():
     half, before = steering()
     plan = [(60, 0.05), (64, 0.08), (68, 0.04), (72, 0.01), (76, 0.005)]
     for at, value in plan:
-        whole(at, changes(value), QUIET)
+        look(whole, at, changes(value), QUIET)
     for at, value in plan[:2]:
-        half(at, changes(value), QUIET)
+        look(half, at, changes(value), QUIET)
     again, after = steering()
     again.load_state_dict(json.loads(json.dumps(half.state_dict())))
     for at, value in plan[2:]:
-        again(at, changes(value), QUIET)
+        look(again, at, changes(value), QUIET)
     assert before + after == amounts
     assert again.state_dict() == whole.state_dict()
+
+
+def test_a_budget_of_kl_goes_by_divergence_and_says_so():
+    steer, amounts = steering(unit="kl", max_forgetting=0.01)
+    _, lines = look(steer, 70, changes(5.0), QUIET, changes(0.03, half=0.002))
+    assert amounts[0] > 0.1
+    assert (
+        "chat has forgotten up to 0.032 nats of KL, the budget is 0.01 nats of KL" in lines[0][1]["message"]
+    )
+    _, ((_, line),) = look(steer, 100, changes(5.0), QUIET, changes(0.003, half=0.002))
+    assert (line["verdict"], line["forgotten"]) == ("kept", pytest.approx(0.005))

@@ -12,8 +12,7 @@ import workers
 
 from framework.batch import Outputs
 from framework.data import collate
-from framework.losses import sft as token_losses
-from framework.stages.sft import TokenObjective
+from framework.stages.against import AgainstStart
 from framework.train.retain import Cadence, Probe, Retention, Stratum, compare, quantile, relative
 
 
@@ -91,9 +90,16 @@ class Words:
         with torch.no_grad():
             yield
 
-    def __call__(self, batch, *, needs):
+    def __call__(self, batch, *, distribution=None):
         self.passes += 1
-        return Outputs(self.table[batch.targets])
+        logps = self.table[batch.targets]
+        if distribution is None:
+            return Outputs(logps)
+        every = self.table.log_softmax(0).expand(len(logps), -1)  # the same at each position
+        ids = distribution.ids
+        if ids is None:
+            ids = every.topk(distribution.likeliest).indices
+        return Outputs(logps, candidate_ids=ids, candidate_logps=every.gather(1, ids))
 
 
 def examples():
@@ -116,7 +122,7 @@ def watch_of(world, engine, **options):
         ]
 
     strata = [Stratum("a", range(4), "A"), Stratum("b", range(4, 7), "B")]
-    objective = TokenObjective(token_losses.sft)
+    objective = AgainstStart(vocabulary=50, likeliest=8)
     return Retention(engine, Probe(strata, micros(2), micros(1)), objective, Cadence(10, 5), **options)
 
 
@@ -153,7 +159,23 @@ def test_the_change_is_that_of_a_loop_over_tokens():
     assert line["a/units"] == sum(tokens)
 
 
-def test_a_resumed_run_asks_the_start_model_nothing_and_finds_the_same():
+def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest_as_one():
+    """By hand from the whole tables; it is 0 at the start, and never above the KL of all tokens."""
+    first, line = looked(one(), 1.0)
+    assert (first["a/kl"], first["a/kl_high"]) == (0.0, 0.0)
+    start = torch.linspace(-5, -0.5, 50).double()
+    now = start + torch.linspace(-0.3, 0.1, 50).double()
+    p, q = start.softmax(0), now.softmax(0)
+    top = p.topk(8).indices
+    rest = torch.tensor([i for i in range(50) if i not in top])
+    kept = (p[top] * (p[top] / q[top]).log()).sum()
+    expected = kept + p[rest].sum() * (p[rest].sum() / q[rest].sum()).log()
+    assert line["a/kl"] == pytest.approx(float(expected), rel=1e-4)
+    assert line["a/kl"] < float((p * (p / q).log()).sum())
+    assert line["b/kl_high"] == pytest.approx(line["b/kl"], rel=1e-4)  # alike at every token
+
+
+def test_a_resumed_run_keeps_what_the_start_model_said_and_finds_the_same():
     engine = Words(one())
     watch = watch_of(one(), engine)
     watch.begin(None)
@@ -164,7 +186,7 @@ def test_a_resumed_run_asks_the_start_model_nothing_and_finds_the_same():
     resumed_engine = Words(one())
     again = watch_of(one(), resumed_engine)
     again.begin(saved)
-    assert resumed_engine.passes == 0
+    assert resumed_engine.passes == 4  # of the start's likeliest tokens, once for each batch
     assert not again.due(0)
     resumed_engine.table = engine.table
     assert again.look(5) == expected
@@ -190,7 +212,8 @@ def test_what_decides_is_told_what_was_found():
     told = []
 
     class Decide:
-        def __call__(self, step, changes, noise):
+        def __call__(self, step, changes, noise, divergences):
+            assert sorted(divergences) == ["a", "b"]
             told.append((step, sorted(changes), sorted(noise)))
             return {"replay/share": 0.5}, [("event", {"message": "moved"})]
 

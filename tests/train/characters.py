@@ -1,0 +1,101 @@
+"""A world of twelve letters in which forgetting takes seconds: three skills and some facts, then a cipher.
+
+Rows are `Rabcd=dcba>`: a task's letter and a word, then the answer. C copies, R reverses, S sorts, F knows
+what belongs to a word (facts, half of which can be replayed), and K shifts every letter by three, which is
+learnt after the others.
+"""
+
+import json
+import random
+from pathlib import Path
+
+LETTERS = "abcdefghijkl"
+SKILLS = "CRS"
+
+
+def write_model(directory: Path) -> Path:
+    """An untrained Llama of 150k parameters whose tokens are characters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS, *"CRSFK=>"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory
+
+
+def word(seed: str, letters: int = 4) -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choice(LETTERS) for _ in range(letters))
+
+
+def row(task: str, given: str) -> dict[str, str]:
+    answer = {
+        "C": given,
+        "R": given[::-1],
+        "S": "".join(sorted(given)),
+        "K": "".join(LETTERS[(LETTERS.index(c) + 3) % len(LETTERS)] for c in given),
+    }[task]
+    return {"prompt": f"{task}{given}=", "completion": f"{answer}>"}
+
+
+def rows(tasks: str, count: int, seed: str) -> list[dict[str, str]]:
+    return [row(task, word(f"{seed} {task} {i}")) for i in range(count) for task in tasks]
+
+
+def write_data(directory: Path) -> dict[str, Path]:
+    """learn: skills and facts; replay: some of them; skills, facts: to probe; cipher; held: more of it."""
+    facts = [
+        {"prompt": f"F{word(f'fact {i}', 3)}=", "completion": f"{word(f'means {i}', 3)}>"} for i in range(40)
+    ]
+    probed = rows(SKILLS, 40, "probed")
+    asked = {each["prompt"] for each in probed}
+    trained = [each for each in rows(SKILLS, 1500, "trained") if each["prompt"] not in asked]
+    sets = {
+        "learn": trained + facts * 20,
+        "replay": trained[:2100] + facts[:20] * 10,
+        "skills": probed,
+        "facts": facts[20:],
+        "cipher": rows("K", 1500, "cipher"),
+        "held": rows("K", 100, "held"),
+    }
+    for name, each in sets.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in each))
+    return {name: directory / f"{name}.jsonl" for name in sets}
+
+
+def accuracy(model: Path, path: Path) -> float:
+    """Share of rows whose whole answer is the likeliest one, letter by letter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).float()
+    asked = [json.loads(line) for line in path.read_text().splitlines()]
+    ids = torch.tensor([words(each["prompt"])["input_ids"] for each in asked])
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in asked[0]["completion"]:
+            ids = torch.cat([ids, lm(ids).logits[:, -1:].argmax(-1)], 1)
+    said = [words.decode(each[length:].tolist()) for each in ids]
+    return sum(s == each["completion"] for s, each in zip(said, asked, strict=True)) / len(asked)
