@@ -3,6 +3,7 @@
 # make test       run the tests
 # make test-multihost  train on two and four hosts made of network namespaces; needs root and iproute2
 # make check      format, lint, check types
+# make docs       build the documentation into build/site
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
 # constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place, JOBS=... how many
 # test files run at a time.
@@ -23,7 +24,7 @@ SHELL = /bin/bash
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-rlhf test test-multihost check clean
+.PHONY: help demo demo-rlhf test test-multihost check docs clean
 help:
 	@sed -n 's/^# \(make \)/\1/p' Makefile
 
@@ -44,6 +45,10 @@ check: $(STAMPS)/check
 	@$(VENV)/bin/ruff format $(if $(CI),--check) .
 	@$(VENV)/bin/ruff check $(if $(CI),,--fix) .
 	@$(VENV)/bin/mypy
+
+docs: $(STAMPS)/docs
+	@$(VENV)/bin/python docs/make_reference.py
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet && echo "open build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -70,3 +75,7 @@ $(STAMPS)/test: $(STAMPS)/demo
 $(STAMPS)/check: $(STAMPS)/test
 	@echo "installing the linters"
 	@$(PIP) -e '.[dev]' | $(NAMES) && touch $@
+
+$(STAMPS)/docs: $(STAMPS)/base
+	@echo "installing what the documentation is built with"
+	@$(PIP) -e '.[docs]' | $(NAMES) && touch $@

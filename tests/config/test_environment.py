@@ -229,9 +229,9 @@ def test_machines_with_other_rows_are_refused_on_all_of_them():
         work.agree(prepared, SimpleNamespace(gather=lambda mine: [mine, same, other, same]))
 
 
-def test_what_the_readme_says_works(tiny_model_dir, tmp_path, monkeypatch):
+def test_what_the_documentation_says_works(tiny_model_dir, tmp_path, monkeypatch):
     """Its class, and its command word by word up to the model."""
-    text = (CONF.parent / "README.md").read_text()
+    text = (CONF.parent / "docs/extending.md").read_text()
     (code,) = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
     (tmp_path / code[0]).write_text(code[1])
     (line,) = re.findall(r"^PYTHONPATH=\. python launch/train.py (.*?[^\\])$", text, re.DOTALL | re.MULTILINE)
