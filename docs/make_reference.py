@@ -189,7 +189,7 @@ def _comment(place: Place) -> str:
 def _plain(text: str) -> str:
     """Markdown that shows the words as they stand; what is between backticks is shown so already."""
     parts = text.split("`")
-    parts[::2] = (re.sub(r"([<|*_])", r"\\\1", part) for part in parts[::2])
+    parts[::2] = (re.sub(r"([|*_])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2])
     return "`".join(parts)
 
 
@@ -215,7 +215,7 @@ def _expected(key: str) -> str:
     words, _ = describe.expected(key.split("."))
     if words.startswith("{"):
         return "the keys below"
-    return "" if words == "another value" else words.replace("<", "\\<").replace("|", "\\|")
+    return "" if words == "another value" else _plain(words)
 
 
 def _page(paragraphs: Sequence[str]) -> str:
