@@ -1,12 +1,15 @@
-"""What crosses the wire: the losses of one host, and the bytes that the formulas say, within 3 %.
+"""What crosses the wire: the losses of one host, and the bytes that `strategy.wire` says, within 3 %.
 
-Letters: w hosts of one rank, r = (w - 1) / w, N parameters, m micro-batches a step, 4 bytes a number (fp32).
+Letters: w hosts of one rank, m micro-batches a step, 4 bytes a number (fp32).
 """
 
 import math
+from functools import partial
 
 import pytest
 from hosts import Hosts, Ranks
+
+from framework.strategy import wire
 
 pytestmark = pytest.mark.multihost
 STEPS = 4
@@ -41,47 +44,22 @@ def alone(ranks, settings):
     return get
 
 
-def numel(sizes):
-    """(of the blocks, of the rest): blocks are gathered one by one, the rest with the whole."""
-    blocks = sum(math.prod(shape) for name, shape in sizes.items() if ".layers." in name)
-    return blocks, sum(math.prod(shape) for shape in sizes.values()) - blocks
-
-
-def ddp(w, m, every, trained):
-    """2 r N: one all-reduce of the gradient a step, however it is cut."""
-    return 2 * (w - 1) / w * sum(numel(trained)) * 4
-
-
-def fsdp(w, m, every, trained):
-    """Each micro-batch: r (2 N_blocks + N_rest) to gather weights, r N_trained to scatter gradients."""
-    blocks, rest = numel(every)
-    return (w - 1) / w * m * (2 * blocks + rest + sum(numel(trained))) * 4
-
-
-def fsdp_kept(w, m, every, trained):
-    """The same with weights kept from the first micro-batch to the last: once a step, whatever m."""
-    return (w - 1) / w * (sum(numel(every)) + sum(numel(trained))) * 4
-
-
-def hsdp(w, m, every, trained, shards=2):
-    """Fully sharded over 2 hosts, and once a step 2 (k - 1) / k of a shard's gradient over k copies."""
-    copies = w // shards
-    over_copies = 2 * (copies - 1) / copies * sum(numel(trained)) / shards * 4
-    return fsdp(shards, m, every, trained) + over_copies
-
-
-def zero3(w, m, every, trained):
-    """r N to gather weights, which DeepSpeed keeps from forward to backward where as few are live as here.
-    2 r N for gradients, measured: its reduce-scatter is gloo's, which sends twice what it must."""
-    return (w - 1) / w * m * (sum(numel(every)) + 2 * sum(numel(trained))) * 4
+def load(every, trained):
+    """What there is to send: blocks are gathered one by one, the rest with the whole."""
+    blocks = sum(math.prod(shape) for name, shape in every.items() if ".layers." in name)
+    whole, updated = (sum(map(math.prod, sizes.values())) for sizes in (every, trained))
+    return wire.Load(blocks, whole - blocks, updated, weight_bytes=4)
 
 
 CASES = {
-    "ddp": (ddp, {"strategy": "ddp"}),
-    "fsdp": (fsdp, {"strategy": "fsdp"}),
-    "fsdp, weights kept": (fsdp_kept, {"strategy": "fsdp", "strategy__reshard_after_forward": "false"}),
-    "hsdp": (hsdp, {"strategy": "hsdp", "strategy__shard_size": 2, "launch__nproc": 4}),
-    "zero3": (zero3, {"strategy": "zero3"}),
+    "ddp": (wire.ddp, {"strategy": "ddp"}),
+    "fsdp": (wire.fsdp, {"strategy": "fsdp"}),
+    "fsdp, weights kept": (wire.fsdp_kept, {"strategy": "fsdp", "strategy__reshard_after_forward": "false"}),
+    "hsdp": (
+        partial(wire.hsdp, shards=2),
+        {"strategy": "hsdp", "strategy__shard_size": 2, "launch__nproc": 4},
+    ),
+    "zero3": (partial(wire.zero3, gloo=True), {"strategy": "zero3"}),
 }
 
 
@@ -107,7 +85,7 @@ def test_losses_of_one_host_and_bytes_of_the_formula(
     every = alone(strategy="ddp", adapter="full", batch__tokens_per_micro=tokens)["trained"]
     if adapter == "lora":
         every = every | one["trained"]
-    expected = formula(w, m, every, one["trained"])
+    expected = formula(w, m, load(every, one["trained"]))
     for host, answer in enumerate(answers):
         ratio = answer["sent_per_step"] / expected
         record_property(f"host {host}", round(ratio, 4))
