@@ -335,6 +335,7 @@ class Launch(Node):
     grace_s: Annotated[float, Field(gt=0)]
     max_restarts: Annotated[int, Field(ge=0)]
     timeout_s: Annotated[float, Field(gt=0)]
+    peak_tflops: Annotated[float, Field(gt=0)] | None
 
     @model_validator(mode="after")
     def _together(self) -> Self:

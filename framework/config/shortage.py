@@ -1,21 +1,24 @@
 """A run that needs more memory than there is: which of its settings would help, the largest saving first.
 
-Knows the configuration and the two ways in which torch says so, no model and no engine.
+Knows the configuration and the two ways in which torch says so. How much a setting saves is planned where the
+model is known (`config.plan`); where it is not, settings come in an order that is usual.
 """
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from framework.config.build import Inspected
 from framework.config.schema import Run
 from framework.config.stage import ONLINE
 from framework.errors import SapwoodError
 from framework.strategy.base import World
 
+GIB = 2**30
 SHOWN = 3  # settings: enough to choose from
 SMALLEST_CHUNK = 64  # trained positions in the head; below that its products are too small to be fast
 
@@ -25,8 +28,11 @@ class OutOfMemory(SapwoodError):
 
 
 @contextlib.contextmanager
-def explained(run: Run, world: World) -> Iterator[None]:
-    """Raises OutOfMemory in place of what torch and Python raise when memory runs out."""
+def explained(run: Run, world: World, inspected: Inspected | None = None) -> Iterator[None]:
+    """Raises OutOfMemory in place of what torch and Python raise when memory runs out.
+
+    With the run's models `inspected` the message says what each setting would save.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -34,7 +40,8 @@ def explained(run: Run, world: World) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # the tensors that they hold
         said = (str(error) or "Python could not allocate memory").splitlines()[0]
-        raise OutOfMemory(message(run, said, rank=world.rank, device=world.device)) from None
+        helps = advice(run, world.device, inspected)
+        raise OutOfMemory(message(said, helps, rank=world.rank, device=world.device)) from None
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -42,15 +49,34 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def message(run: Run, said: str, *, rank: int, device: torch.device) -> str:
+def message(said: str, helps: Sequence[tuple[str, str]], *, rank: int, device: torch.device) -> str:
     """What happened and what to type."""
-    helps = remedies(run, device)[:SHOWN]
     width = max((len(setting) for setting, _ in helps), default=0)
     lines = [f"  {setting:{width}}  {why}" for setting, why in helps]
     head = f"rank {rank} ran out of memory on {device}: {said}"
     if not lines:
         return f"{head}\nnothing is left to save by a setting: take a smaller model or more memory"
     return "\n".join([f"{head}\nwhat would help most, to be added to the same command:", *lines])
+
+
+def advice(run: Run, device: torch.device, inspected: Inspected | None) -> list[tuple[str, str]]:
+    """The three of `remedies` that save most, with their bytes.
+
+    The first three where nothing can be planned.
+    """
+    found = remedies(run, device)
+    if inspected is None:
+        return found[:SHOWN]
+    try:
+        from framework.config import changes, plan  # after the fact alone: a run does not wait for it
+
+        seen: plan.Seen = {}
+        now = plan.plan(inspected, device, seen=seen).peak
+        tried = [(now - c.plan.peak, c) for c in changes.single(inspected, device, found, seen=seen)]
+    except Exception:  # whatever goes wrong here must not hide that memory ran out
+        return found[:SHOWN]
+    best = sorted((entry for entry in tried if entry[0] > 0), key=lambda entry: -entry[0])[:SHOWN]
+    return [(change.settings[0], f"saves {saved / GIB:.1f} GiB: {change.why}") for saved, change in best]
 
 
 def remedies(run: Run, device: torch.device) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, judging, record, retention, shortage, stages
+from framework.config import build, judging, record, retention, shortage, speed, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
@@ -30,6 +30,7 @@ from framework.track.fanout import Fanout
 from framework.track.jsonl import Jsonl
 from framework.train.checkpoint import Checkpointer
 from framework.train.evaluate import evaluate
+from framework.train.meter import Speed
 from framework.train.restore import Checkpoint
 from framework.train.trainer import Result, train
 
@@ -48,7 +49,7 @@ def work(run: Run) -> int:
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
         status = "failed"
         try:
-            with shortage.explained(run, world):
+            with shortage.explained(run, world, prepared):
                 result, retained = _train(prepared, world, tracker, stop, checkpoints, resume)
             if result.status == "done" and run.checkpoint.export and world.rank == 0:
                 show_samples(prepared, where / "model", tracker, step=result.progress.step)
@@ -219,6 +220,7 @@ def _train(
         resume=resume,
         assess=assess,
         watch=watch,
+        speed=Speed(speed.cost_of(prepared), speed.peak_of(prepared.run, world.device)),
     )
     if result.status == "done" and prepared.run.checkpoint.export:
         where = Path(prepared.run.run_dir) / "model"

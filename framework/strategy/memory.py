@@ -53,8 +53,10 @@ class Blocks:
 PLAIN = Blocks()
 
 
-def prepare_blocks(model: nn.Module, how: Blocks) -> None:
-    """Make the blocks of `model` compute as `how` says.
+def prepare_blocks(
+    model: nn.Module, how: Blocks, *, offload: Callable[[nn.Module], None] = offload_block
+) -> None:
+    """Make the blocks of `model` compute as `how` says; `offload` moves what a block keeps.
 
     Checkpointing and offloading change no bit of a gradient, dropout included: the generators' states are
     put back for the second computation. Compiled blocks round in another order, and draw other dropout.
@@ -70,7 +72,7 @@ def prepare_blocks(model: nn.Module, how: Blocks) -> None:
         if again:
             block.forward = _checkpointed(block.forward)
         if how.offload:
-            offload_block(block)  # outermost: it moves what a checkpointed block keeps, its input
+            offload(block)  # outermost: it moves what a checkpointed block keeps, its input
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

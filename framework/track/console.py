@@ -141,6 +141,7 @@ def _line(metrics: Mapping[str, Any]) -> str:
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3g}",
         "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
     }
     return "  ".join(form.format(float(metrics[key])) for key, form in formats.items() if key in metrics)
 

@@ -119,6 +119,13 @@ def _tiles(train: Sequence[Record], held_out: Sequence[Record]) -> str:
         )
         if rates := [y for _, y in parts.points(train, "tokens_per_s")]:
             tiles.append(parts.tile("tokens per second", number(statistics.median(rates)), "median"))
+        for key, form, about in (
+            ("tflops", "{:.3g} TFLOP/s", "of training, per rank, median"),
+            ("mfu", "{:.1%}", "of what the device could do, median"),
+        ):
+            if rates := [y for _, y in parts.points(train, key)]:
+                name = {"tflops": "computed", "mfu": "MFU"}[key]
+                tiles.append(parts.tile(name, form.format(statistics.median(rates)), about))
         if peaks := [y for _, y in parts.points(train, "peak_memory_bytes")]:
             tiles.append(parts.tile("peak memory", f"{max(peaks) / 2**30:.3g} GiB", "of the largest process"))
     return "".join(tiles)
@@ -152,6 +159,7 @@ def _curves(
         ("Gradient norm", "before clipping", parts.points(train, "grad_norm"), True, False),
         ("Learning rate", "", parts.points(train, "lr"), False, True),
         ("Speed", "tokens per second", parts.points(train, "tokens_per_s"), True, True),
+        ("Computed", "TFLOP/s of training per rank", parts.points(train, "tflops"), True, True),
         ("Peak memory", "GiB, largest process", memory, False, True),
     ):
         charts.append(

@@ -10,13 +10,15 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from framework.batch import Batch
 from framework.losses.items import Items
 from framework.strategy.base import World
 
@@ -78,22 +80,39 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Meter:
-    """What happened between two log lines."""
+@dataclass(frozen=True)
+class Speed:
+    """What work is measured in."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    cost: Callable[[Batch], float]  # FLOPs that training on a micro-batch needs
+    peak: float | None = None  # FLOP/s of one rank's device
+
+
+class Meter:
+    """What happened between two log lines.
+
+    With `speed` a line tells "tflops", a rank's mean rate in 1e12 FLOP/s, and "mfu", that rate over the peak.
+    """
+
+    def __init__(self, world: World, speed: Speed | None = None) -> None:
+        self.world, self.speed = world, speed
         self._start()
 
     def _start(self) -> None:
         self._sums = Sums()
         self._counts: dict[str, float] = defaultdict(float)
         self._latest: dict[str, float] = {}
+        self._flops = 0.0
         self._clock = time.perf_counter()
 
     def add(self, items: Items, *, units: float | None = None, term: str = "") -> None:
         """Count one micro-batch of this rank, of the term of that name."""
         self._sums.add(items, units=units, term=term)
+
+    def work(self, batch: Batch) -> None:
+        """Count what a micro-batch of this rank costs. It must lie on the CPU, or this waits for it."""
+        if self.speed is not None:
+            self._flops += self.speed.cost(batch)
 
     def count(self, stats: Mapping[str, float]) -> None:
         """Facts of a global step, alike on all ranks: counts are added up, positions replaced.
@@ -112,6 +131,7 @@ class Meter:
         mine = {
             "sums": self._sums.tolist(),
             "memory": peak_memory(self.world.device),
+            "flops": self._flops,
             "seconds": time.perf_counter() - self._clock,
         }
         ranks = self.world.gather(mine)
@@ -120,6 +140,11 @@ class Meter:
         line["seconds"] = max(rank["seconds"] for rank in ranks)  # the others waited for the slowest
         if "tokens" in line:
             line["tokens_per_s"] = line["tokens"] / line["seconds"]
+        if self.speed is not None:
+            rate = sum(rank["flops"] for rank in ranks) / len(ranks) / line["seconds"]
+            line["tflops"] = rate / 1e12
+            if self.speed.peak is not None:
+                line["mfu"] = rate / self.speed.peak
         line["peak_memory_bytes"] = max(rank["memory"] for rank in ranks)
         self._start()
         return line

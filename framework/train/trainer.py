@@ -22,7 +22,7 @@ from framework.stages.base import Stage, Term
 from framework.strategy.base import Engine, EngineState, World
 from framework.track.base import Tracker
 from framework.train.evaluate import evaluate
-from framework.train.meter import Meter
+from framework.train.meter import Meter, Speed
 
 
 class Stop(Protocol):
@@ -142,6 +142,7 @@ def accumulate(engine: Engine, terms: Sequence[Term], *, seed: int, step: int, m
             items = terms[i].objective(engine, batch)
             engine.backward(items.total() * (terms[i].scale / units[i]))
         meter.add(items, units=batch.units, term=terms[i].name)
+        meter.work(batch)
     for term in terms:
         meter.count(term.stats)
 
@@ -158,11 +159,13 @@ def train(
     resume: Saved | None = None,
     assess: Assess | None = None,
     watch: Watch | None = None,
+    speed: Speed | None = None,
 ) -> Result:
     """Train until `plan.steps` or until `stop`, from the start or from `resume`.
 
     `assess` measures what no held-out loss says, whenever held-out losses are measured; `watch` has a cadence
-    of its own. Checkpoints wait for a stage that is in the middle of something, and so does a stop.
+    of its own; `speed` makes lines tell how much of the device is used. Checkpoints wait for a stage that is
+    in the middle of something, and so does a stop.
 
     Collective. Returns "interrupted" after a checkpoint at the last whole step, or "done". Raises
     SapwoodError when `plan.max_skipped` steps in a row had a gradient that is not finite.
@@ -232,7 +235,7 @@ def train(
     if watch is not None and watch.due(progress.step):
         report(watch.look(progress.step))
     report(stage.reports())
-    meter = Meter(world)
+    meter = Meter(world, speed)
     owed = False  # a checkpoint that was due while the stage was in the middle of something
     while progress.step < plan.steps:
         step = progress.step

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from framework.config import plan
 from framework.config.compose import compose
-from framework.config.shortage import OutOfMemory, explained, remedies
+from framework.config.outlines import outlined
+from framework.config.shortage import OutOfMemory, advice, explained, remedies
 
 GIVEN = ["model.path=some/model", "data.train=[{path: rows.jsonl}]"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,6 +42,33 @@ def test_a_full_device_names_three_settings():
         "  model.activation_checkpointing=full  keeps block inputs alone, a third slower",
         "  strategy=fsdp_offload                weights and optimizer wait in the host's memory",
     ]
+
+
+def test_what_is_advised_saves_what_a_plan_says(tmp_path):
+    """Three of the settings, the largest saving first, each with the difference of two plans."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
+    LlamaConfig(vocab_size=32000, num_attention_heads=4, **sizes).save_pretrained(tmp_path)
+    run = compose([f"model.path={tmp_path}", *GIVEN[1:], "launch.nproc=2"])
+    inspected, seen = outlined(run), {}
+    advised = advice(run, CUDA, inspected)
+    assert len(advised) == 3
+    now = plan.plan(inspected, CUDA, seen=seen).peak
+    saved = []
+    for setting, why in advised:
+        changed = compose([f"model.path={tmp_path}", *GIVEN[1:], "launch.nproc=2", *setting.split()])
+        saved.append(now - plan.plan(outlined(changed), CUDA, seen=seen).peak)
+        assert why.startswith(f"saves {saved[-1] / 2**30:.1f} GiB: ")
+    assert saved == sorted(saved, reverse=True)
+    assert saved[-1] > 0
+
+
+def test_a_model_that_cannot_be_planned_gets_the_usual_advice(monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(plan, "plan", fails)
+    run = compose(GIVEN)
+    assert advice(run, CUDA, SimpleNamespace(run=run)) == remedies(run, CUDA)[:3]
 
 
 def test_other_errors_pass():
