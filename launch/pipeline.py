@@ -31,7 +31,7 @@ import yaml
 
 from framework.cluster import directory, worker
 from framework.cluster.child import Children
-from framework.config import compose, pipeline, record, targets
+from framework.config import compose, pipeline, record, secrets, targets
 from framework.config.pipeline import Pipeline, Step
 from framework.config.schema import Target
 from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, UserError
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with directory.held(chain.run_dir):
             status = run(chain)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(secrets.mask({}, given)(f"error: {error}"), file=sys.stderr)
         sys.exit(REFUSED)
     except KeyboardInterrupt:  # before there was a child
         sys.exit(128 + signal.SIGINT)
@@ -108,7 +108,8 @@ def start(step: Step, trusted: Sequence[str], children: Children) -> int:
         return children.run([sys.executable, str(TRAIN), *step.overrides])
     assert step.call is not None
     step.directory.mkdir(parents=True, exist_ok=True)
-    (step.directory / directory.CONFIG).write_text(yaml.safe_dump(step.settings, sort_keys=False))
+    kept = secrets.concealed(step.settings)
+    (step.directory / directory.CONFIG).write_text(yaml.safe_dump(kept, sort_keys=False))
     with tempfile.TemporaryDirectory(prefix="sapwood-") as temporary:
         handed = Path(temporary) / "step.json"
         told = {"directory": str(step.directory), "settings": step.settings, "trusted": list(trusted)}
@@ -146,7 +147,7 @@ def changes(chain: Pipeline, step: Step) -> list[str]:
         before = record.load(beside, trusted=chain.trusted).decisive() if step.run else _tree(beside)
     except ConfigError:  # of another version of ours
         return lines
-    return lines + [f"  {line}" for line in directory.differences(before, step.settings)]
+    return lines + [f"  {line}" for line in directory.differences(before, secrets.concealed(step.settings))]
 
 
 def show(chain: Pipeline) -> None:

@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from framework.cluster import directory, environ, schedulers, worker
 from framework.cluster.child import Children
 from framework.cluster.machines import Alone, Machines, gathered
-from framework.config import compose, jobs, record, sweeps
+from framework.config import compose, jobs, record, secrets, sweeps
 from framework.config.schema import Run
 from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, SapwoodError, UserError
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
     """The whole command. Ends the process."""
     arguments = environ.strip_launcher_arguments(sys.argv[1:] if arguments is None else arguments)
     parts = parts or Parts(_prepare, _work, Path(__file__))
+    hide = secrets.mask({}, arguments)
     if arguments[:1] == [WORKER]:
         worker.run(lambda: parts.work(record.unpacked(Path(arguments[1]).read_text())))
     if arguments[:1] == [JOB]:
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
             worker.run(lambda: join(arguments, place, parts))
         launch(arguments, parts)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(hide(f"error: {error}"), file=sys.stderr)
         sys.exit(REFUSED)
     except KeyboardInterrupt:  # before there were workers
         sys.exit(128 + signal.SIGINT)
@@ -102,7 +103,7 @@ def launch(arguments: Sequence[str], parts: Parts) -> NoReturn:
         try:
             outcomes.append(start(compose.composed(config), parts))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(secrets.mask({}, arguments)(f"error: {error}"), file=sys.stderr)
             outcomes.append(Outcome(REFUSED))
 
     sys.argv[1:] = [*asked.overrides, *flags]  # Hydra does not read settings on both sides of a flag
@@ -112,11 +113,13 @@ def launch(arguments: Sequence[str], parts: Parts) -> NoReturn:
 
 def job(file: Path, parts: Parts) -> NoReturn:
     """One job of a sweep, in a process of its own. Its last words go beside `file`, where the sweep looks."""
+    run = record.unpacked(file.read_text())
     try:
-        outcome = start(record.unpacked(file.read_text()), parts)
+        outcome = start(run, parts)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        outcome = Outcome(REFUSED, error=str(error))
+        said = record.masked(run)(str(error))
+        print(f"error: {said}", file=sys.stderr)
+        outcome = Outcome(REFUSED, error=said)
     file.with_name(jobs.OUTCOME).write_text(json.dumps(asdict(outcome)))
     sys.exit(outcome.status)
 
@@ -126,7 +129,7 @@ def start(run: Run, parts: Parts) -> Outcome:
 
     Raises UserError where the run cannot be started.
     """
-    where, options = Path(run.run_dir), run.launch
+    where, options, hide = Path(run.run_dir), run.launch, record.masked(run)
     try:
         with ExitStack() as stack:
             machines = stack.enter_context(
@@ -157,17 +160,18 @@ def start(run: Run, parts: Parts) -> Outcome:
             except SapwoodError as error:
                 earlier = directory.result(where) or {}
                 if machines.rank == 0 and earlier.get("status") != "failed":
-                    directory.write_result(where, {"status": "failed", "error": str(error).splitlines()[-1]})
+                    said = hide(str(error)).splitlines()[-1]
+                    directory.write_result(where, {"status": "failed", "error": said})
                 raise
             return Outcome(**machines.first(lambda: asdict(_outcome(directory.result(where), stopped))))
     except UserError:
         raise
     except SapwoodError as error:  # a worker, or another machine
         of_worker = isinstance(error, worker.WorkerFailed)
-        print(error if of_worker else f"error: {error}", file=sys.stderr)
+        print(hide(str(error) if of_worker else f"error: {error}"), file=sys.stderr)
         status = REFUSED if of_worker and error.status == REFUSED else worker.FAILED
         ended_by = -error.status if of_worker and error.status < 0 else None
-        return Outcome(status, error=_last_words(error), ended_by=ended_by)
+        return Outcome(status, error=hide(_last_words(error)), ended_by=ended_by)
 
 
 def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals | None:
@@ -189,6 +193,7 @@ def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals
             grace_s=options.grace_s,
             timeout_s=options.timeout_s,
             max_restarts=options.max_restarts,
+            mask=record.masked(run),
         )
 
 

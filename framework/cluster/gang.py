@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,13 +55,15 @@ def launch(
     timeout_s: float = 600.0,
     max_restarts: int = 0,
     environment: dict[str, str] | None = None,
+    mask: Callable[[str], str] = str,
 ) -> signal.Signals | None:
     """Run `command` in `nproc` processes on this machine and wait until all have left.
 
     The processes find RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the rest as torchrun sets them,
     and `environment` besides. On several `machines` each calls this with the same `run_id`; on one, a
     free port on loopback is taken. OMP_NUM_THREADS becomes `threads`; when that is None it keeps the value
-    it has, or becomes the cores of this machine divided by `nproc`. Ranks log to `log_dir`/rank-N.log.
+    it has, or becomes the cores of this machine divided by `nproc`. Ranks log to `log_dir`/rank-N.log;
+    `mask` hides secrets in what they say.
 
     A first SIGINT, SIGTERM or SIGHUP goes on to the workers, which have `grace_s` seconds to save and
     leave; a second one ends them at once. SIGUSR1 and SIGUSR2 go on to the workers. Returns the signal
@@ -96,7 +98,7 @@ def launch(
         [sys.executable, "-I", "-S", orphans.__file__, mark], stdin=subprocess.PIPE, start_new_session=True
     )
     with tempfile.TemporaryDirectory(prefix="sapwood-") as failures:
-        output = Output(log_dir, Path(failures), variables)
+        output = Output(log_dir, Path(failures), variables, mask=mask)
         agent = Agent(spec, output, machines, mark=mark, grace_s=grace_s)
         handlers = {number: signal.getsignal(number) for number in (*STOP, *FORWARD, signal.SIGWINCH)}
         try:
@@ -240,6 +242,7 @@ class Agent(LocalElasticAgent):
         said, when = "", time.time()
         if file.exists():
             said, when = json.loads(file.read_text())["message"]["message"], file.stat().st_mtime
+            said = self._output.mask(said)
         return Failure(rank, worker.id, status, said, log.path, tuple(log.tail), when)
 
 

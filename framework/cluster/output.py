@@ -17,6 +17,7 @@ import threading
 import time
 import tty
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,14 +26,23 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 CONTROL = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 """ECMA-48 escape sequences: CSI, OSC and the two-byte ones."""
 
+Mask = Callable[[str], str]
+"""Text without what nobody is to read."""
+
 LAST_LINES = 15  # of a rank that died without a word
 
 
-class Log:
-    """One rank's log file: whole lines, as they would be left on paper."""
+def masked(data: bytes, mask: Mask) -> bytes:
+    """What was written, masked; bytes that are no text stay what they are."""
+    return mask(data.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
-    def __init__(self, path: Path) -> None:
+
+class Log:
+    """One rank's log file: whole lines, as they would be left on paper, `mask`ed."""
+
+    def __init__(self, path: Path, mask: Mask) -> None:
         self.path = path
+        self._mask = mask
         self.tail: deque[str] = deque(maxlen=LAST_LINES)
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._rest = b""
@@ -43,7 +53,7 @@ class Log:
         with self._lock:
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
-                plain = CONTROL.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]
+                plain = masked(CONTROL.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2], self._mask)
                 self.tail.append(plain.decode(errors="replace"))
                 self._file.write(plain + b"\n")
             overwritten = self._rest.rstrip(b"\r").rfind(b"\r") + 1
@@ -63,9 +73,13 @@ class Log:
 class Output(LogsSpecs):
     """Where elastic lets the workers of one gang write, and the variables it starts them with."""
 
-    def __init__(self, log_dir: Path, failures: Path, environment: dict[str, str]) -> None:
-        """`failures` is a directory for the error files of workers that raise."""
+    def __init__(
+        self, log_dir: Path, failures: Path, environment: dict[str, str], *, mask: Mask = str
+    ) -> None:
+        """`failures` is a directory for the error files of workers that raise. `mask` hides secrets."""
         super().__init__(str(log_dir))
+        self.mask = mask
+        self._held: dict[int, bytes] = {}  # console -> the begun line that is not shown yet
         self.logs: dict[int, Log] = {}  # by rank
         self._log_dir, self._failures, self._environment = log_dir, failures, environment
         self._attempt = "0"
@@ -90,7 +104,7 @@ class Output(LogsSpecs):
             rank = int(environment["RANK"])
             if local_rank not in self._writers:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
-                self.logs[rank] = Log(self._log_dir / f"rank-{rank}.log")
+                self.logs[rank] = Log(self._log_dir / f"rank-{rank}.log", self.mask)
                 self._writers[local_rank] = self._channels(rank)
             self.logs[rank].note(
                 f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} start, attempt {int(self._attempt) + 1}"
@@ -157,6 +171,8 @@ class Output(LogsSpecs):
         while True:
             ready = self._selector.select(0 if closing else None)
             if closing and not ready:
+                for console, rest in self._held.items():
+                    self._show(console, masked(rest, self.mask))
                 return
             for key, _ in ready:
                 if key.fd == self._wake_reader:
@@ -167,7 +183,16 @@ class Output(LogsSpecs):
                 rank, console = key.data
                 self.logs[rank].write(data)
                 if console is not None:
-                    self._show(console, data)
+                    self._show(console, masked(self._whole(console, data), self.mask))
+
+    def _whole(self, console: int, data: bytes) -> bytes:
+        """Whole lines, so that no secret is cut in two; a terminal's live line cannot wait for its end."""
+        if self._terminals:
+            return data
+        data = self._held.get(console, b"") + data
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        self._held[console] = data[end:]
+        return data[:end]
 
     def _show(self, console: int, data: bytes) -> None:
         while data and console not in self._closed_consoles:

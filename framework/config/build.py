@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import environment, probes, targets, vocabulary
+from framework.config import environment, probes, record, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
@@ -71,7 +71,7 @@ class Prepared(Inspected):
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        run = self.run
+        run, shown = self.run, record.shown(self.run)  # it goes into checkpoints, so it holds no secret
         identity: dict[str, Any] = {
             "model": self.description.fingerprint,
             "adapter": run.adapter.model_dump(mode="json"),
@@ -88,13 +88,13 @@ class Prepared(Inspected):
             identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources"})
             identity["probes"] = self.probes.identity
         if run.stage.name != "sft":
-            identity["stage"] = run.stage.model_dump(mode="json")
+            identity["stage"] = shown["stage"]
             identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})
         if run.stage.name in ONLINE:
             identity["rollout"] = run.rollout.model_dump(
                 mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}
             )
-            identity["reward"] = run.reward.model_dump(mode="json", exclude={"workers"})
+            identity["reward"] = {key: value for key, value in shown["reward"].items() if key != "workers"}
         for name in ("critic", "judge", "reference", "teacher"):
             if (other := getattr(self, name)) is not None:
                 identity[name] = other.fingerprint

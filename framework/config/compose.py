@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 import framework
-from framework.config import explain, space, sweeping, targets
+from framework.config import explain, secrets, space, sweeping, targets
 from framework.config.record import withheld
 from framework.config.schema import Run, digest
 from framework.config.settle import validated
@@ -182,6 +182,11 @@ def _jobs(asked: Command) -> Iterator[list[str]]:
         key: space.dimension(override).values if searched else space.listed(override)
         for key, override in typed.items()
     }
+    if searched and (named := [key for key in values if len(values[key]) > 1 and secrets.named(key)]):
+        raise ConfigError(
+            f"{named[0]}: a search writes what it tries into its study; expected no secret there; "
+            "give secrets by the environment"
+        )
     if len(values.get("run_dir", ())) == 1:
         raise ConfigError("run_dir: one directory for all jobs of a sweep; expected one each; leave it out")
     first = [f"{key}={options[0]}" for key, options in values.items()]

@@ -25,7 +25,7 @@ from framework.cluster import devices, directory, records, schedulers
 from framework.cluster.child import FORWARD, Children
 from framework.cluster.keeper import Ties
 from framework.cluster.records import Record
-from framework.config import compose, record
+from framework.config import compose, record, secrets
 from framework.config.schema import Run, digest
 from framework.errors import DONE, INTERRUPTED, REFUSED, UserError
 from framework.track import sweep as page
@@ -52,7 +52,7 @@ class Sweep:
 
     def command(self, overrides: Sequence[str]) -> str:
         """What repeats a job by itself, as a person would type it."""
-        return record.hidden(compose.line([*self.flags, *overrides]))
+        return compose.line([secrets.typed(text) for text in (*self.flags, *overrides)])
 
 
 def name(overrides: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ class Task:
     def _begun(self, overrides: Sequence[str]) -> Record:
         return {
             "status": records.RUNNING,
-            "overrides": [record.hidden(text) for text in overrides],
+            "overrides": [secrets.typed(text) for text in overrides],
             "command": self.sweep.command(overrides),
             "host": self.sweep.ties.host if self.sweep.ties.together else os.uname().nodename,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -196,7 +196,7 @@ def ended(status: str, *, error: str | None = None, exit_status: int | None = No
     """The changes of a record whose job does not run, or runs no more."""
     return {
         "status": status,
-        "error": None if error is None else record.hidden(error),
+        "error": None if error is None else secrets.hidden(error),
         "exit_status": exit_status,
     }
 

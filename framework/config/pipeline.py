@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from framework.config import compose, explain, names, targets
+from framework.config import compose, explain, names, secrets, targets
 from framework.config.compose import CONF, Command
 from framework.config.schema import Name, Node, Run, Target, Text, digest
 from framework.errors import ConfigError
@@ -75,11 +75,12 @@ class Step:
 
     @property
     def command(self) -> str:
-        """What repeats this step alone, as a person would type it."""
+        """What repeats this step alone, as a person would type it, without secrets."""
         if self.run is not None:
-            return "python launch/train.py " + shlex.join(self.overrides)
+            return "python launch/train.py " + shlex.join(map(secrets.typed, self.overrides))
         assert self.call is not None
-        return f"{self.call.target}({', '.join(f'{k}={v!r}' for k, v in self.call.keywords.items())})"
+        keywords = secrets.concealed(self.call.keywords)
+        return f"{self.call.target}({', '.join(f'{k}={v!r}' for k, v in keywords.items())})"
 
 
 @dataclass(frozen=True)

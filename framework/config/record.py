@@ -2,7 +2,7 @@
 
 Secrets belong to the environment and nothing in the tree needs one. Should one come in all the same (by
 `${oc.env:...}`, in a URL, typed on the command line), it goes no further: not to the run directory, not to a
-dashboard.
+dashboard. What a secret is `config.secrets` knows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,22 @@ from pydantic import ValidationError
 
 from framework.config import explain
 from framework.config.schema import Run
+from framework.config.secrets import HIDDEN, Place, concealed, hidden, mask, named, walk
 from framework.errors import ConfigError
 
-HIDDEN = "***"
-
-_SECRET = re.compile(
-    r"(^|[_\-.])(api_?key|key|token|secret|passw(or)?d|passphrase|credentials?|auth)([_\-.]|$)", re.IGNORECASE
-)
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)\s*(?:,[^}]*)?\}")
-_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-
-Path_ = tuple[str | int, ...]
-"""Where a value stands: keys and indices from the root."""
 
 
-def withheld(config: DictConfig) -> dict[Path_, str]:
+def withheld(config: DictConfig) -> dict[Place, str]:
     """Values that read the environment, as written: they are kept so, and never resolved into a file."""
-    found: dict[Path_, str] = {}
+    found: dict[Place, str] = {}
 
-    def look(value: Any, where: Path_) -> Any:
+    def look(value: Any, where: Place) -> Any:
         if isinstance(value, str) and "oc.env" in value:
             found[where] = value
         return value
 
-    _walk(OmegaConf.to_container(config, resolve=False), look)
+    walk(OmegaConf.to_container(config, resolve=False), look)
     return found
 
 
@@ -67,25 +59,13 @@ def unpacked(text: str) -> Run:
 
 def shown(run: Run) -> dict[str, Any]:
     """The whole tree as JSON, fit for files, dashboards and reports."""
-
-    def show(value: Any, where: Path_) -> Any:
-        if where in run._withheld:
-            return run._withheld[where]
-        if not isinstance(value, str):
-            return value
-        if any(isinstance(part, str) and _SECRET.search(part) for part in where):
-            return HIDDEN
-        return hidden(value)
-
-    tree: dict[str, Any] = _walk(run.model_dump(mode="json"), show)
-    return tree
+    tree = concealed(run.model_dump(mode="json"))
+    return walk(tree, lambda value, where: _as_written(run._withheld.get(where), value))
 
 
-def hidden(text: str) -> str:
-    """A line that was typed or said, without secrets of the environment and of URLs."""
-    for secret in _secret_values(os.environ):
-        text = text.replace(secret, HIDDEN)
-    return _IN_URL.sub(HIDDEN, text)
+def masked(run: Run) -> Callable[[str], str]:
+    """A function that hides this run's secrets in whatever is said."""
+    return mask(run.model_dump(mode="json"))
 
 
 def saved(run: Run) -> str:
@@ -111,10 +91,10 @@ def load(path: Path, *, trusted: Iterable[str] = (), overrides: Sequence[str] = 
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}; expected the mapping that a run saves")
 
-    def read(value: Any, where: Path_) -> Any:
+    def read(value: Any, where: Place) -> Any:
         return _ENVIRONMENT.sub(_variable, value) if isinstance(value, str) else value
 
-    tree = {**_walk(tree, read), "trusted_packages": list(trusted)}
+    tree = {**walk(tree, read), "trusted_packages": list(trusted)}
     for text in overrides:
         tree = _changed(tree, text)
     try:
@@ -136,22 +116,12 @@ def _changed(tree: dict[str, Any], text: str) -> dict[str, Any]:
     return {str(key): value for key, value in changed.items()}
 
 
+def _as_written(text: str | None, value: Any) -> Any:
+    """`text` where it only names variables; a default beside one may be a secret, and then `value` stands."""
+    return value if text is None or (value == HIDDEN and "," in text) else hidden(text)
+
+
 def _variable(found: re.Match[str]) -> str:
-    if _SECRET.search(found[1]):
+    if named(found[1]):
         return found[0]
     return os.environ.get(found[1], found[0])
-
-
-def _secret_values(environment: Mapping[str, str]) -> list[str]:
-    """Values of variables named like secrets, longest first. Shorter than 8 they are words, not secrets."""
-    values = {value for name, value in environment.items() if _SECRET.search(name) and len(value) >= 8}
-    return sorted(values, key=len, reverse=True)
-
-
-def _walk(value: Any, change: Callable[[Any, Path_], Any], where: Path_ = ()) -> Any:
-    """A copy of a tree with every leaf changed."""
-    if isinstance(value, dict):
-        return {key: _walk(inner, change, (*where, key)) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_walk(inner, change, (*where, index)) for index, inner in enumerate(value)]
-    return change(value, where)

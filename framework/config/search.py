@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from framework.cluster import directory, records
-from framework.config import record, space, sweeping
+from framework.config import secrets, space, sweeping
 from framework.config.space import Choice, Dimension
 from framework.config.sweepers import Job, Kept
 from framework.errors import ConfigError
@@ -306,7 +306,7 @@ def _study(sweep: Path, storage: str | None, name: str | None, **options: Any) -
         return optuna.load_study(storage=keeps, study_name=called, **options)
     except (ImportError, ValueError, OSError, optuna.exceptions.StorageInternalError) as error:
         raise ConfigError(
-            f"hydra.sweeper.storage: {record.hidden(str(storage or sweep / STUDY))}: "
-            f"{record.hidden(str(error)).splitlines()[0]}; expected a file that can be written or a database "
-            "that can be reached, such as sqlite:///study.db"
+            f"hydra.sweeper.storage: {secrets.hidden(str(storage or sweep / STUDY))}: "
+            f"{secrets.hidden(str(error)).splitlines()[0]}; expected a file that can be written or a "
+            "database that can be reached, such as sqlite:///study.db"
         ) from error

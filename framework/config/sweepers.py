@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from framework.cluster import directory, records
 from framework.cluster.records import Record
-from framework.config import record, space, sweeping
+from framework.config import secrets, space, sweeping
 from framework.config.jobs import LEAVING_S, Task, ended, name, show
 from framework.errors import INTERRUPTED, REFUSED, ConfigError, UserError
 
@@ -97,8 +97,8 @@ class Kept(Sweeper):
         Raises SystemExit where a stop was asked for, ConfigError where the launcher cannot start any.
         """
         for job in jobs:
-            told: Record = {"number": job.number, "varied": dict(job.varied)}
-            told["overrides"] = [record.hidden(text) for text in job.overrides]
+            told: Record = {"number": job.number, "varied": _varied(job)}
+            told["overrides"] = [secrets.typed(text) for text in job.overrides]
             told["command"] = self.task.sweep.command(job.overrides)
             if job.trial is not None:
                 told["trial"] = job.trial
@@ -131,7 +131,8 @@ class Kept(Sweeper):
         file = records.path(self.directory, job.name)
         found = records.read(file)
         if returned is not None and returned.status == JobStatus.FAILED:
-            records.update(file, ended(records.FAILED, error=repr(returned._return_value), exit_status=1))
+            said = secrets.hidden(repr(returned._return_value))
+            records.update(file, ended(records.FAILED, error=said, exit_status=1))
         elif found["status"] == records.RUNNING:
             where = Path(found["run_dir"]) if "run_dir" in found else self.directory
             directory.wait_for(where, LEAVING_S)
@@ -160,6 +161,11 @@ class Grid(Kept):
         if len(todo) < len(jobs):
             print(f"{len(jobs) - len(todo)} of {len(jobs)} jobs were done before", file=sys.stderr)
         self.start(todo)
+
+
+def _varied(job: Job) -> dict[str, str]:
+    """The settings that tell it from the others, as a page may show them."""
+    return {key: secrets.typed(f"{key}={text}").partition("=")[2] for key, text in job.varied.items()}
 
 
 @contextmanager

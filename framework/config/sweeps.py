@@ -11,7 +11,7 @@ import hydra
 
 from framework.cluster import devices, directory, records, worker
 from framework.cluster.keeper import Keeper
-from framework.config import compose, jobs, record
+from framework.config import compose, jobs, secrets
 from framework.config.compose import Command
 from framework.errors import DONE, INTERRUPTED, REFUSED, ConfigError, UserError
 
@@ -62,7 +62,7 @@ def _keep(asked: Command, program: Sequence[str], *, retry: bool) -> int:
         )
         told = {
             "status": "running",
-            "command": record.hidden(compose.line(["-m", *flags, *overrides])),
+            "command": compose.line(["-m", *flags, *(secrets.typed(text) for text in overrides)]),
             "directory": os.getcwd(),
         }
         records.update(where / records.SWEEP, told)
