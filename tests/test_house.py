@@ -32,6 +32,8 @@ HOMES = {
     "deepspeed": ("strategy/", "cluster/"),
     "vllm": ("rollout/vllm.py",),
     "wandb": ("track/wandb.py",),
+    "tensorboard": ("track/tensorboard.py",),
+    "torch.utils.tensorboard": ("track/tensorboard.py",),
     "peft": ("models/adapters.py",),
     "datasets": ("data/sources.py",),
     "reasoning_gym": ("data/tasks.py",),

@@ -7,6 +7,7 @@ Nothing here imports torch, so a mistyped key is refused in a fraction of a seco
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,11 @@ def check(argv: Sequence[str], *, config_name: str = "train") -> None:
     losses = {}
     for overrides in _jobs(asked):
         run = _single(asked, overrides)
+        if run.tracker.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "tracker.tensorboard: found no package tensorboard, which writes event files; "
+                "type pip install 'sapwood[tensorboard]', or tracker=local"
+            )
         if asked.multirun and run.launch.nnodes > 1:
             raise ConfigError(
                 f"launch.nnodes: found {run.launch.nnodes} machines for the whole sweep; expected one, which "

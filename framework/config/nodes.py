@@ -314,6 +314,7 @@ class Wandb(Node):
     group: Text | None
     tags: tuple[Text, ...]
     mode: Literal["auto", "online", "offline"]
+    checkpoints: bool
     timeout_s: Annotated[float, Field(gt=0)]
 
 
@@ -321,6 +322,7 @@ class Tracking(Node):
     every: Positive
     console: Literal["auto", "rich", "plain", "none"]
     report: bool
+    tensorboard: bool
     wandb: Wandb | None
 
 

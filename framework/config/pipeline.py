@@ -185,6 +185,8 @@ def _training(
             f"launch.nnodes: found {run.launch.nnodes}; expected 1, since a pipeline decides on one machine "
             "what is done; type the commands that --dry-run shows on each machine"
         )
+    if run.tracker.wandb is not None and "tracker.wandb.group" not in texts:
+        told.append(f"tracker.wandb.group={_text(run_dir.name)}")  # a dashboard shows all steps together
     for key, path in _paths(run.model_dump(mode="json")):
         _expect(key, path, run_dir, earlier)
     directory = run_dir / f"{stage}-{run.identity()}"

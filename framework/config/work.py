@@ -106,10 +106,14 @@ def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tr
         Jsonl(where / "metrics.jsonl", resume_step=resumed_at),
         Console(steps=prepared.steps, mode=run.tracker.console),
     ]
+    if run.tracker.tensorboard:
+        from framework.track.tensorboard import TensorBoard
+
+        trackers.append(TensorBoard(where, resume_step=resumed_at))
     if run.tracker.wandb is not None:
         from framework.track.wandb import Wandb
 
-        options = run.tracker.wandb.model_dump()
+        options = {**run.tracker.wandb.model_dump(), "objective": build.plan(prepared).metric}
         trackers.append(Wandb(where, config=config, job_type=run.stage.name, name=where.name, **options))
     if run.tracker.report:
         from framework.track.report import Report

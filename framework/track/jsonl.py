@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
 
 class Jsonl:
     """Appends every record to `path`.
@@ -63,12 +65,19 @@ class Jsonl:
         os.close(self._file)
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+def read(path: Path, *, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl, or of its first `most` bytes; not a last line that a crash cut off."""
+    seen = 0
+    with open(path, "rb") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            seen += len(line)
+            if line.endswith(b"\n") and (most is None or seen <= most):
+                yield json.loads(line.decode(errors="replace"))
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it was logged: what stands for NaN and infinities is a number again."""
+    return {key: float(value) if value in NOT_FINITE else value for key, value in record.items()}
 
 
 def cut(path: Path, step: int) -> None:

@@ -3,7 +3,8 @@
 A thread of its own talks to the library, so that training goes on whatever the server does. What
 leaves the machine is what is logged and the configuration given: no command line, environment, code,
 git remote or console output. Steps are a metric ("step"), never wandb's own counter, which drops what
-comes out of order. What a server did not get stays in the run directory for `wandb sync`.
+comes out of order. Metrics are called as `panels` says, so that the page's sections are its panels. What a
+server did not get stays in the run directory for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+
+from framework.track import jsonl, panels
+from framework.track.ledger import OFFLINE, Ledger
 
 
 class Wandb:
@@ -28,8 +33,13 @@ class Wandb:
     `config` is stored as it is, so it must hold no secret. `group` is the experiment or sweep,
     `job_type` the stage. `mode` is "auto" (online with a key, else offline), "online" or "offline";
     a server that has not answered after half of `timeout_s` makes it offline. The run's id is
-    kept in `run_dir`/wandb/run_id, so a resumed run goes on on the same page; records of steps that the
-    server has already are not sent twice. `say` gets plain-language notices, from another thread.
+    kept in `run_dir`/wandb/run_id, so a resumed run goes on on the same page: with what metrics.jsonl has and
+    the page has not, and without what the page has (see `ledger`); goes behind the tracker that writes it.
+    An offline run is one directory, whole at every start. Under `wandb agent` the run is the sweep's.
+
+    `objective` is the held-out metric that is also logged as "objective". With `checkpoints` each checkpoint
+    and model is noted as an artifact: a reference to its place, nothing is uploaded. `say` gets
+    plain-language notices, from another thread.
     """
 
     def __init__(
@@ -45,12 +55,17 @@ class Wandb:
         tags: Sequence[str] = (),
         mode: str = "auto",
         timeout_s: float = 10.0,
+        objective: str | None = None,
+        checkpoints: bool = False,
         say: Callable[[str], None] = logging.getLogger(__name__).warning,
     ) -> None:
         self._say = say
         self._timeout_s = timeout_s
         self._work: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
-        self._known = -1  # the last step that the server had when this process joined
+        self._run_dir, self._objective, self._checkpoints = Path(run_dir), objective, checkpoints
+        self._ledger = Ledger(self._run_dir / "wandb")
+        metrics = self._run_dir / "metrics.jsonl"
+        self._before = metrics.stat().st_size if metrics.exists() else 0  # bytes that earlier starts wrote
         online = mode == "online" or (mode == "auto" and _has_key())
         if mode == "auto" and not online:
             say("W&B: no key here (WANDB_API_KEY or `wandb login`), so this run is recorded offline")
@@ -75,15 +90,12 @@ class Wandb:
         self._thread.start()
 
     def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
-        def send(run: Any) -> None:
-            if kind not in ("train", "eval", "retain") or step > self._known:
-                run.log({**_record(kind, metrics), "step": step})
-
         if kind != "event":
-            self._work.put(send)
+            self._work.put(lambda run: self._send(run, kind, metrics, step))
 
     def artifact(self, path: Path, *, kind: str) -> None:
-        """Nothing is uploaded: artifacts are found by their place in the run directory."""
+        if self._checkpoints and kind in ("checkpoint", "model"):
+            self._work.put(lambda run: self._refer(run, path, kind))
 
     def close(self, status: str) -> None:
         self._work.put(lambda run: run.finish(exit_code=0 if status == "done" else 1))
@@ -101,13 +113,39 @@ class Wandb:
             self._say(f"W&B records nothing in this run: {_short(error)}")
             return
         failed = False
-        while (work := self._work.get()) is not None:
+        for work in chain([self._catch_up], iter(self._work.get, None)):
             try:
                 work(run)
             except Exception as error:
                 if not failed:
                     self._say(f"W&B did not take a record; metrics.jsonl has all: {_short(error)}")
                 failed = True
+
+    def _catch_up(self, run: Any) -> None:
+        """What earlier starts have recorded, and this page has not."""
+        if self._before == 0:
+            return
+        for line in jsonl.read(self._run_dir / "metrics.jsonl", most=self._before):
+            kind, step = line.pop("kind"), line.pop("step")
+            if kind != "event":
+                self._send(run, kind, jsonl.numbers(line), step)
+
+    def _send(self, run: Any, kind: str, metrics: Mapping[str, Any], step: int) -> None:
+        if not self._ledger.lacks(kind, step):
+            return
+        record: dict[str, Any] = (
+            _table(metrics["rows"]) if kind == "samples" else panels.placed(kind, metrics)
+        )
+        if kind == "eval" and self._objective is not None and self._objective in metrics:
+            record[panels.OBJECTIVE] = metrics[self._objective]
+        run.log({**record, "step": step})
+
+    def _refer(self, run: Any, path: Path, kind: str) -> None:
+        """Note a directory as an artifact, by its place alone: it has hashes of its own, and hashing it again
+        would take minutes."""
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+        artifact.add_reference(path.absolute().as_uri(), name=path.name, checksum=False)
+        run.log_artifact(artifact, aliases=["latest", path.name])
 
     def _start(self, init: Callable[[str], Any], online: bool) -> Any:
         # Its error reports would carry tracebacks to the server, and hold up the exit for seconds.
@@ -124,21 +162,24 @@ class Wandb:
         if run is None:
             run = init("offline")
             self._say(f"W&B: send this run later with `wandb sync {Path(run.dir).parent}`")
+        run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        if run.resumed:
-            self._known = int(run.summary.get("step", -1))
+        for section, summary in panels.SECTIONS.items():
+            run.define_metric(f"{section}/*", step_metric="step", summary=summary)
+        offline = Path(run.dir).parent.name.startswith(OFFLINE)
+        self._ledger.begin(
+            Path(run.dir).parent.name,
+            count=None if offline else run.starting_step,
+            last_step=int(run.summary.get("step", -1)) if run.resumed else -1,
+        )
         return run
 
 
-def _record(kind: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as they are named on the page; samples are a table."""
-    if kind != "samples":
-        return {f"{kind}/{key}": value for key, value in metrics.items()}
-    rows = metrics["rows"]
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples as they are shown."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return {
-        "samples": wandb.Table(columns, [[str(row.get(column, "")) for column in columns] for row in rows])
-    }
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
+    return {"samples": wandb.Table([*columns], cells)}
 
 
 def _settings(timeout_s: float) -> wandb.Settings:
@@ -160,12 +201,13 @@ def _settings(timeout_s: float) -> wandb.Settings:
 
 
 def _run_id(run_dir: Path) -> str:
-    """The id kept in the run directory, made on the first start."""
+    """The id kept in the run directory, made on the first start. That of a `wandb agent` rules."""
     path = run_dir / "wandb" / "run_id"
-    if not path.exists():
+    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    if given is not None or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name("run_id.tmp")
-        temporary.write_text(secrets.token_hex(4))
+        temporary.write_text(given or secrets.token_hex(4))
         os.replace(temporary, path)
     return path.read_text().strip()
 
