@@ -40,6 +40,7 @@ class Console:
         self._began: tuple[float, int] | None = None  # time and step of the first line: eta's origin
         self._printed = float("-inf")  # when a plain progress line was last printed
         self._retain_printed = float("-inf")  # and one of retention
+        self._rollout_printed = float("-inf")  # and one of a rollout
         self._skipped = 0.0
         self._last: tuple[int, Mapping[str, Any]] = (0, {})
         self._live: Progress | None = None
@@ -61,6 +62,8 @@ class Console:
             self._samples(metrics["rows"])
         elif kind == "retain":
             self._retained(metrics, step)
+        elif kind == "rollout":
+            self._rolled(metrics, step)
         elif kind == "event":
             self._print(str(metrics["message"]), "dim")
         else:
@@ -110,6 +113,23 @@ class Console:
             for kind in kinds
         )
         self._print(f"retain step {step}  perplexity against the start: {', '.join(told)}", "bold")
+
+    def _rolled(self, metrics: Mapping[str, Any], step: int) -> None:
+        """How good and how long the answers of an iteration were; the record has all of it."""
+        now = time.monotonic()
+        if step > 0 and now - self._rollout_printed < self._every_s:
+            return
+        self._rollout_printed = now
+        formats = {
+            "reward": "reward {:.4g}",
+            "kl": "kl {:.4g}",
+            "entropy": "entropy {:.3g}",
+            "length": "{:.0f} tokens an answer",
+            "finished_share": "{:.0%} finished",
+            "reward_failed_share": "{:.0%} not judged",
+        }
+        told = [form.format(float(metrics[key])) for key, form in formats.items() if key in metrics]
+        self._print(f"rollout step {step}  {', '.join(told)}", "bold")
 
     def _eta(self, now: float, step: int) -> str:
         assert self._began is not None

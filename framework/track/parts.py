@@ -26,6 +26,20 @@ ROLLOUT = (
 )
 """Charts of "rollout" lines: title, unit, key."""
 
+TRAIN = (
+    ("Ranked right", "share of training pairs", ("rewards/accuracy",)),
+    ("Margin", "between the answers of training pairs", ("rewards/margin",)),
+    (
+        "Rewards in training",
+        "of its answers",
+        ("rewards/chosen", "rewards/rejected", "rewards/desirable", "rewards/undesirable"),
+    ),
+    ("Clipped", "share of tokens", ("clip/low", "clip/high", "clip/dual")),
+    ("KL in training", "nats a token", ("kl", "approx_kl")),
+    ("Critic", "loss", ("value/loss",)),
+)
+"""Charts of "train" lines that a stage may have: title, unit, keys."""
+
 
 def section(title: str, body: str, kind: str = "") -> str:
     """A part of the page under its heading; "" for one without content."""

@@ -154,6 +154,14 @@ def _curves(
         charts.append(
             chart(title, {title: parts.points(rollouts, key)}, unit=unit, marks=resumes, noisy=True)
         )
+    for title, unit, keys in parts.TRAIN:
+        series = {key.rpartition("/")[2]: parts.points(train, key) for key in keys}
+        series = {name: points for name, points in series.items() if points}
+        charts.append(chart(title, series, unit=unit, marks=resumes, noisy=True))
+    judges = dict.fromkeys(key for record in rollouts for key in record if key.startswith("reward/"))
+    if len(judges) > 1:
+        series = {key.removeprefix("reward/"): parts.points(rollouts, key) for key in judges}
+        charts.append(chart("Rewards", series, unit="by who gives them", marks=resumes, noisy=True))
     memory = [(step, value / 2**30) for step, value in parts.points(train, "peak_memory_bytes")]
     for title, unit, points, noisy, from_zero in (
         ("Gradient norm", "before clipping", parts.points(train, "grad_norm"), True, False),

@@ -117,3 +117,15 @@ def test_none_is_silent(clock):
     tracker.log("train", {"loss": 2.5}, step=5)
     tracker.close("done")
     assert stream.getvalue() == ""
+
+
+def test_a_rollout_is_one_short_line_now_and_then(clock):
+    """Twenty-five numbers an iteration would bury what a person follows; the record has them."""
+    stream = io.StringIO()
+    tracker = Console(steps=9, stream=stream)
+    found = {"reward": 0.25, "kl": 0.0125, "length": 34.4, "finished_share": 0.96875, "mismatch/mean": 0.5}
+    for step in (0, 1, 2):
+        tracker.log("rollout", found, step=step)
+        clock[0] += 6
+    told = "reward 0.25, kl 0.0125, 34 tokens an answer, 97% finished"
+    assert lines(stream) == [f"rollout step 0  {told}", f"rollout step 2  {told}"]

@@ -5,8 +5,9 @@ from framework.track import panels
 TRAIN = """loss loss/task loss/replay tokens tokens/task tokens/replay trained_tokens trained_tokens/task
 trained_tokens/replay nll replay/loss replay_tokens value/loss value/error value/mean value/clipped log_odds
 loss/dpo grad_norm lr skipped seconds tokens_per_s mfu tflops packing_efficiency sequences micros
-peak_memory_bytes data_index epoch kl approx_kl ratio clip/low clip/high clip/dual entropy gate rewards/chosen rewards/rejected
-rewards/margin rewards/accuracy rewards/mean logps/chosen logps/accuracy baseline"""
+peak_memory_bytes data_index epoch kl approx_kl ratio clip/low clip/high clip/dual entropy gate
+rewards/chosen rewards/rejected rewards/margin rewards/accuracy rewards/mean logps/chosen logps/accuracy
+baseline"""
 ROLLOUT = """reward reward_std reward/exact reward_failed_share score advantage advantage_std kl kl_k3
 kl_coefficient kl_per_answer entropy length length_max finished_share sequences tokens counted_share
 mismatch/mean mismatch/kl seconds/generate seconds/judge value return value/explained_variance

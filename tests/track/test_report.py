@@ -224,3 +224,19 @@ def test_long_lines_are_averaged():
 )  # fmt: skip
 def test_numbers_are_short(value, short):
     assert chart.number(value) == short
+
+
+def test_what_a_stage_measures_has_a_chart(tmp_path):
+    """Pairs: how many are ranked right, both rewards in one chart. A rollout's rewards by who gives them."""
+    record = Jsonl(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        line = {"loss": 0.5, "rewards/accuracy": 0.75, "rewards/margin": 0.5, "rewards/chosen": 1.0}
+        record.log("train", line | {"rewards/rejected": 0.5}, step=step)
+        record.log("rollout", {"reward": 1.0, "reward/exact": 0.75, "reward/short": 0.25}, step=step)
+    record.close("done")
+    text = Page(build(tmp_path, status="done", config={}).read_text()).text
+    for title in ("Ranked right share of training pairs", "Margin", "Rewards in training", "Rewards by who"):
+        assert title in text
+    assert "chosen rejected" in text
+    assert "exact short" in text
+    assert "Clipped" not in text
