@@ -163,8 +163,9 @@ class Wandb:
             run = init("offline")
             self._say(f"W&B: send this run later with `wandb sync {Path(run.dir).parent}`")
         run.define_metric("step", hidden=True)
-        run.define_metric("*", step_metric="step")
-        for section, summary in panels.SECTIONS.items():
+        for name in ("samples", panels.OBJECTIVE):
+            run.define_metric(name, step_metric="step")
+        for section, summary in panels.SECTIONS.items():  # no two may fit: which one rules would be chance
             run.define_metric(f"{section}/*", step_metric="step", summary=summary)
         offline = Path(run.dir).parent.name.startswith(OFFLINE)
         self._ledger.begin(

@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CANARY = "hunter2canary7f3a"
 START = """
-import os, signal, sys, time
+import json, os, signal, sys, time
+from urllib.request import urlopen
 from pathlib import Path
 from framework.track.fanout import Fanout
 from framework.track.jsonl import Jsonl
@@ -29,8 +30,14 @@ tracker = Fanout([
 def log(*steps):
     for step in steps:
         tracker.log("train", {{"loss": step / 2, "grad_norm": float("nan")}}, step=step)
-def killed(after_s=2.0):
-    time.sleep(after_s)
+def killed(handed, *, arrived=0):
+    # once the library was handed so many rows in all, and so many have arrived
+    rows = Path({run_dir!r}, "wandb", "rows")
+    while not rows.exists() or sum(">" not in row for row in rows.read_text().splitlines()) < handed:
+        time.sleep(0.05)
+    while arrived and json.load(urlopen(os.environ["WANDB_BASE_URL"] + "/count"))["rows"] < arrived:
+        time.sleep(0.05)
+    time.sleep(0.5)
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 def done():
@@ -41,7 +48,7 @@ def done():
 
 
 def run(
-    run_dir, script, *, url=None, mode="auto", timeout_s=6, key=True, seconds=60, resume_step=None,
+    run_dir, script, *, url=None, mode="auto", timeout_s=30, key=True, seconds=150, resume_step=None,
     checkpoints=False, variables=None, status=0,
 ):  # fmt: skip
     """The script, after START, in a new process with secrets around. -> what it printed"""
@@ -49,7 +56,7 @@ def run(
     environment |= {"PYTHONPATH": str(ROOT), "HOME": str(run_dir.parent), "SECRET_TOKEN": CANARY}
     environment |= {"WANDB_BASE_URL": url} if url else {}
     environment |= {"WANDB_API_KEY": CANARY.ljust(40, "0")} if key else {}
-    environment |= variables or {}
+    environment |= {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"} | (variables or {})
     start = START.format(
         run_dir=str(run_dir), mode=mode, timeout_s=timeout_s, resume_step=resume_step, checkpoints=checkpoints
     )

@@ -69,6 +69,10 @@ class Server:
                 super().setup()
                 server._open.add(self.connection)
 
+            def handle(self):
+                with suppress(ConnectionError):  # of a client that was killed
+                    super().handle()
+
             def finish(self):
                 server._open.discard(self.connection)
                 with suppress(OSError):
@@ -80,7 +84,7 @@ class Server:
                     body = gzip.decompress(body)
                 server.requests.append((self.path, body.decode(errors="replace")))
                 time.sleep(server.delay_s)
-                status = server.refuse(self.path)
+                status = None if self.path == "/count" else server.refuse(self.path)
                 answer = {} if status else server.answer(self.path, body)
                 answer = json.dumps(answer).encode()
                 with suppress(OSError):
@@ -95,6 +99,8 @@ class Server:
         return Handler
 
     def answer(self, path, body):
+        if path == "/count":  # not the service's: for those who wait
+            return {"rows": sum(len(run["history"]) for run in self.runs.values())}
         if self.silent_after_history and any(run["history"] for run in self.runs.values()):
             time.sleep(60)
         if path.endswith("/file_stream"):
