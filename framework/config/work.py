@@ -113,7 +113,9 @@ def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tr
     if run.tracker.wandb is not None:
         from framework.track.wandb import Wandb
 
+        hide = record.masked(run)
         options = {**run.tracker.wandb.model_dump(), "objective": build.plan(prepared).metric}
+        options |= {"tags": [hide(tag) for tag in options["tags"]], "group": hide(options["group"] or "")}
         trackers.append(Wandb(where, config=config, job_type=run.stage.name, name=where.name, **options))
     if run.tracker.report:
         from framework.track.report import Report

@@ -22,7 +22,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
-
 from framework.track import jsonl, panels
 from framework.track.ledger import OFFLINE, Ledger
 
@@ -75,7 +74,7 @@ class Wandb:
                 dir=str(run_dir),
                 project=project,
                 entity=entity,
-                group=group,
+                group=group or None,
                 job_type=job_type,
                 name=name,
                 tags=list(tags),

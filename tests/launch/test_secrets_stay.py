@@ -33,7 +33,7 @@ def place(tmp_path_factory):
             import os, sys
             from framework.losses.items import Items
 
-            def loss(logps, weight, *, api_key, judge, note, fail=False):
+            def loss(logps, weight, *, label_smoothing, api_key, judge, note, fail=False):
                 print("asking", judge, "with", api_key, "as", os.environ["HF_TOKEN"], flush=True)
                 print("password", os.environ["MY_SERVICE_PASSWORD"], file=sys.stderr, flush=True)
                 if fail:
