@@ -115,7 +115,10 @@ def open_tracker(prepared: Prepared, world: World, resumed_at: int | None) -> Tr
 
         hide = record.masked(run)
         options = {**run.tracker.wandb.model_dump(), "objective": build.plan(prepared).metric}
-        options |= {"tags": [hide(tag) for tag in options["tags"]], "group": hide(options["group"] or "")}
+        options |= {
+            "tags": [hide(tag) for tag in options["tags"]],
+            "group": hide(options["group"] or "") or None,
+        }
         trackers.append(Wandb(where, config=config, job_type=run.stage.name, name=where.name, **options))
     if run.tracker.report:
         from framework.track.report import Report

@@ -74,7 +74,7 @@ class Wandb:
                 dir=str(run_dir),
                 project=project,
                 entity=entity,
-                group=group or None,
+                group=group,
                 job_type=job_type,
                 name=name,
                 tags=list(tags),
