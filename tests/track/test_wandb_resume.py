@@ -1,6 +1,7 @@
 """W&B through kills, outages and changes of mind: the page holds what metrics.jsonl holds, once."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -192,9 +193,7 @@ def test_under_an_agent_the_run_is_the_sweeps(tmp_path, server):
 
 def sync(server, home, directory):
     """`wandb sync`, as a person types it."""
-    import os
-
     command = [Path(sys.executable).with_name("wandb"), "sync", directory]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "HOME": str(home)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, text=True, timeout=60)
