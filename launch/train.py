@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None, *, parts: Parts | None = None) 
     arguments = environ.strip_launcher_arguments(sys.argv[1:] if arguments is None else arguments)
     parts = parts or Parts(_prepare, _work, Path(__file__))
     hide = secrets.mask({}, arguments)
+    sys.excepthook = lambda *raised: print(
+        hide("".join(traceback.format_exception(*raised))), file=sys.stderr
+    )
     if arguments[:1] == [WORKER]:
         worker.run(lambda: parts.work(record.unpacked(Path(arguments[1]).read_text())))
     if arguments[:1] == [JOB]:

@@ -148,7 +148,14 @@ def composed(config: DictConfig) -> Run:
     hydra = HydraConfig.get()
     sweep = Path(hydra.sweep.dir).absolute() if hydra.mode == RunMode.MULTIRUN else None
     directories = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    return _run(config, hydra.runtime.choices, hydra.overrides.task, directories, sweep)
+    return _run(config, hydra.runtime.choices, as_typed(hydra), directories, sweep)
+
+
+def as_typed(hydra: DictConfig) -> list[str]:
+    """The overrides of a job, nothing in them resolved: ${oc.env:NAME} says where a value is, and stays so."""
+    typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    return [str(text) for text in typed]
 
 
 def sweep_dir(overrides: Sequence[str]) -> Path:

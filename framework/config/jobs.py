@@ -71,7 +71,7 @@ class Task:
         """The job's objective, None for one that has none. Raises SystemExit where a stop ends the sweep."""
         with ExitStack() as stack:
             hydra: Any = HydraConfig.get()
-            overrides = list(hydra.overrides.task)
+            overrides = compose.as_typed(hydra)
             node = None if self.sweep.ties.together else schedulers.node(os.environ)
             file = records.path(self.sweep.directory, name(overrides))
             if node is not None and node.rank > 0:  # machine 0 of the job keeps its record

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+
 from framework.track import jsonl, panels
 from framework.track.ledger import OFFLINE, Ledger
 

@@ -34,10 +34,11 @@ def place(tmp_path_factory):
             from framework.losses.items import Items
 
             def loss(logps, weight, *, label_smoothing, api_key, judge, note, fail=False):
-                print("asking", judge, "with", api_key, "as", os.environ["HF_TOKEN"], flush=True)
-                print("password", os.environ["MY_SERVICE_PASSWORD"], file=sys.stderr, flush=True)
-                if fail:
-                    raise RuntimeError(f"{judge} did not take {api_key}")
+                if "RANK" in os.environ:  # not where a launcher tries it out
+                    print("asking", judge, "with", api_key, "as", os.environ["HF_TOKEN"], flush=True)
+                    print("password", os.environ["MY_SERVICE_PASSWORD"], file=sys.stderr, flush=True)
+                    if fail:
+                        raise RuntimeError(f"{judge} did not take {api_key}")
                 return Items(-logps, weight)
             """
         )
