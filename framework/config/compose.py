@@ -151,8 +151,8 @@ def composed(config: DictConfig) -> Run:
     return _run(config, hydra.runtime.choices, as_typed(hydra), directories, sweep)
 
 
-def as_typed(hydra: DictConfig) -> list[str]:
-    """The overrides of a job, nothing in them resolved: ${oc.env:NAME} says where a value is, and stays so."""
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of a job, nothing in them resolved: ${oc.env:NAME} says where a value is and stays so."""
     typed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     assert isinstance(typed, list)
     return [str(text) for text in typed]
