@@ -22,7 +22,7 @@ compile() {  # compile OUTPUT PYTHON ARGUMENTS...: one lock, for Linux on x86-64
 
 extras=(--extra deepspeed --extra math)
 
-compile requirements-gpu.lock 3.12 pyproject.toml "${extras[@]}" --constraints constraints.txt
+compile requirements-gpu.lock 3.12 pyproject.toml "${extras[@]}" --extra qlora --constraints constraints.txt
 
 # Compiled against the torch of the lock above, once that is installed; einops is what it needs besides.
 printf 'flash-attn\neinops\n' > "$work/flash.in"

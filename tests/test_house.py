@@ -30,6 +30,7 @@ ROOMS = {
 HOMES = {
     "torch.distributed": ("strategy/", "cluster/"),
     "deepspeed": ("strategy/", "cluster/"),
+    "bitsandbytes": ("models/nf4.py",),
     "vllm": ("rollout/vllm.py",),
     "wandb": ("track/wandb.py",),
     "tensorboard": ("track/tensorboard.py",),

@@ -110,11 +110,12 @@ def inspect(run: Run) -> Inspected:
         "gguf_file": run.model.gguf_file,
         "init": run.model.init,
     }
+    quantised = run.adapter.kind == "qlora"
     head = "score" if stage.name == "reward" else "lm"
-    description = load.inspect(run.model.path, head=head, **own)
+    description = load.inspect(run.model.path, head=head, quantised=quantised, **own)
     critic = judge = reference = teacher = None
     if isinstance(stage, Ppo):
-        critic = load.inspect(stage.critic, head="score") if stage.critic else None
+        critic = load.inspect(stage.critic, head="score", quantised=quantised) if stage.critic else None
         critic = critic or load.inspect(run.model.path, head="score", **own)
         actor_critic.check(description, critic)
     if stage.name in ONLINE and run.reward.model is not None:

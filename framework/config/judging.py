@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from framework.config import build
 from framework.config.build import Inspected, Prepared
@@ -14,7 +15,7 @@ from framework.config.nodes import Lora
 from framework.config.schema import Run
 from framework.config.stage import Hf, RewardFunction
 from framework.data.prompts import Prompts
-from framework.models import load
+from framework.models import load, nf4
 from framework.rollout.assess import Assessor
 from framework.rollout.base import Completion, Prompt, Rollout, Sampling
 from framework.rollout.experience import Packing
@@ -42,8 +43,25 @@ def sampling_of(run: Run) -> Sampling:
     )
 
 
+class Unpacked:
+    """A rollout that is handed weights in four bits as the plain ones they stand for."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
+        self.generate, self.close = rollout.generate, rollout.close
+
+    def update(self, weights: Iterator[tuple[str, Tensor]], *, version: int) -> None:
+        """See `framework.rollout.base.Rollout`."""
+        self._rollout.update(nf4.unpacked(weights), version=version)
+
+
 def build_rollout(inspected: Inspected, world: World) -> Rollout:
     """A copy of the policy that answers; it is empty until its first `update`."""
+    rollout = _rollout(inspected, world)
+    return Unpacked(rollout) if inspected.run.adapter.kind == "qlora" else rollout
+
+
+def _rollout(inspected: Inspected, world: World) -> Rollout:
     run, description, chosen = inspected.run, inspected.description, inspected.run.rollout
     lora = run.adapter if isinstance(run.adapter, Lora) else None
     common: dict[str, Any] = {

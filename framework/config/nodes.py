@@ -108,6 +108,11 @@ class Dora(Lora):
     kind: Literal["dora"]  # type: ignore[assignment]
 
 
+class Qlora(Lora):
+    kind: Literal["qlora"]  # type: ignore[assignment]
+    double_quantisation: bool
+
+
 class Source(Node):
     """One source of rows. The only defaults of the schema: members of a list have no YAML of their own."""
 

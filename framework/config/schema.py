@@ -33,6 +33,7 @@ from framework.config.nodes import (
     Node,
     Optim,
     Positive,
+    Qlora,
     Replay,
     Retain,
     Target,
@@ -72,7 +73,7 @@ class Run(Node):
     stage: Annotated[Sft | Distill | RewardModel | Preference | Ppo | Grpo, Field(discriminator="name")]
     loss: Target
     model: Model
-    adapter: Annotated[Full | Lora | Dora, Field(discriminator="kind")]
+    adapter: Annotated[Full | Lora | Dora | Qlora, Field(discriminator="kind")]
     data: Data
     replay: Replay
     rollout: Annotated[Hf | Vllm, Field(discriminator="engine")]
@@ -153,6 +154,7 @@ class Run(Node):
                 "another adapter",
                 "adapter=lora",
             )
+        self._quantised()
         self._rehearsed()
         self._online()
         pairs.check(self.strategy, self.launch)
@@ -165,6 +167,26 @@ class Run(Node):
                 f"batch.sequences={world_size}",
             )
         return self
+
+    def _quantised(self) -> None:
+        """What frozen weights in four bits rule out."""
+        if self.adapter.kind != "qlora":
+            return
+        another = getattr(self.stage, "reference_path", None)
+        if getattr(self.stage, "reference", None) == "frozen" and another is None:
+            raise refuse(
+                "adapter, stage.reference",
+                "a copy of the model in full as the start of what is held in 4 bits",
+                "the policy without its adapter",
+                "stage.reference=auto",
+            )
+        if self.model.compile != "none":
+            raise refuse(
+                "adapter, model.compile",
+                "compiled blocks of weights in 4 bits, which torch's compiler does not take",
+                "no compiler, or weights in full",
+                "model.compile=none or adapter=lora",
+            )
 
     def _fed(self) -> None:
         """Either sources or an environment to learn from."""

@@ -248,6 +248,8 @@ def _reference(prepared: Prepared, world: World, engine: Engine, kind: Any) -> R
         "precision": run.precision,
         "attention": build.attention_of(prepared, world.device),
     }
+    if run.adapter.kind == "qlora" and another is None:
+        identity["double_quantisation"] = run.adapter.double_quantisation
     return cached(Path(run.data.cache_dir) / "reference", identity, every_row(), ask=ask, world=world)
 
 

@@ -33,7 +33,8 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    kind: str = "lora"  # or "dora"
+    kind: str = "lora"  # or "dora", or "qlora": beside weights that `models.nf4` holds in four bits
+    double_quantisation: bool = False  # of those weights: their scales are quantised, too
 
     def peft_config(self, *, excluded: Sequence[str] | None = None) -> Any:
         """The same in peft's words; with modules `excluded` it is no language model's any more."""

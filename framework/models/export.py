@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import ConfigError, SapwoodError
-from framework.models import adapters, load
+from framework.models import adapters, load, nf4
 from framework.models.load import Adapter, Description
 from framework.models.policy import causal_lm
 
@@ -49,9 +50,9 @@ def export(
 
     Without an adapter, or with `merge`: a model with configuration, tokenizer, chat template and generation
     settings, in `dtype` (fp32, bf16, fp16; None: bf16, or fp32 where the model came in fp32). Else the
-    adapter alone, in peft's format, in fp32 or `dtype`. Merging adds in fp32 and rounds once; a model that
-    scores is always merged, since an adapter alone would lack its head. Rank 0 holds one whole model in
-    memory, in fp32 for a merge.
+    adapter alone, in peft's format, in fp32 or `dtype`. Merging adds in fp32 and rounds once, to weights in
+    four bits as they are brought back in fp32; a model that scores is always merged, since an adapter alone
+    would lack its head. Rank 0 holds one whole model in memory, in fp32 for a merge.
 
     Raises ConfigError before any tensor is asked for, ExportError when the proof fails.
     """
@@ -83,6 +84,8 @@ def export(
                 base = load.load(description, dtype=torch.float32)
                 for name, parameter in base.named_parameters():
                     parameter.data = parameter.data.to(frozen[name]).float()
+                if lora.kind == "qlora":  # what it was trained against; anyone's base is the plain one
+                    nf4.round_(base, double=lora.double_quantisation)
                 tolerance = TOLERANCE if dtype in (None, "fp32") else 2e-2
                 _same(_answers(adapters.reload(base, draft)), expected, directory, "the adapter", tolerance)
             else:
@@ -108,6 +111,8 @@ def _filled(
 ) -> tuple[Any, dict[str, torch.dtype]]:
     """The transformers (or peft) model in `dtype` that holds exactly `weights`, and the type that each
     frozen weight came in, by its name in the plain model: a run in bf16 trains against a rounded base."""
+    if lora and lora.kind == "qlora":  # what is left of the weights in four bits, as plain ones in fp32
+        lora, weights = replace(lora, kind="lora"), nf4.unpacked(weights)
     build = load.builder(description, attention="eager", head_chunk_tokens=1, adapter=lora)
     policy = load.cast(build(), dtype)
     waiting = dict(policy.named_parameters())

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from framework.errors import ModelError
 from framework.keyed import key
-from framework.models import adapters, attention, families, source
+from framework.models import adapters, attention, families, nf4, source
 from framework.models.adapters import Lora
 from framework.models.policy import Policy, causal_lm
 from framework.models.scorer import Scorer
@@ -44,14 +44,8 @@ HEADS = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification
 SCORE = "score.weight"  # the head of a `Scorer`, [1, d]
 WIDEST = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model tekken.json"
+).split()
 
 
 @dataclass(frozen=True)
@@ -87,11 +81,12 @@ def inspect(
     gguf_file: str | None = None,
     init: str = "pretrained",
     head: str = "lm",
+    quantised: bool = False,
 ) -> Description:
     """Look at the model that `model.path` names. Raises ModelError for what cannot be trained.
 
     `head` is "lm", or "score" for a body with one number on top, whose head is new unless the directory is
-    itself one of sequence classification.
+    itself one of sequence classification. `quantised`: its blocks are to be held in four bits.
     """
     with quiet():
         found = source.find(path, revision=revision, gguf_file=gguf_file)
@@ -100,6 +95,8 @@ def inspect(
         scored = _scores(path, config, head) and init != "random"
         tokenizer = _tokenizer(found, config)
         lm = _structure(config, "eager", torch.device("meta"), head=head)
+        if quantised:
+            nf4.check(lm, config.model_type)
     names = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
     state = sorted(set(lm.state_dict()) - names)
     if head == "score":
@@ -151,6 +148,8 @@ def builder(
         with quiet():
             lm = _structure(description.config, attention, head=description.head)
             lm = _adapted(lm, lora, description.head)
+            if lora and lora.kind == "qlora":
+                nf4.quantise(lm, double=lora.double_quantisation)
         if description.head == "score":
             return Scorer(lm)
         return Policy(lm, head_chunk_tokens=head_chunk_tokens, neftune_alpha=neftune_alpha)
@@ -163,18 +162,21 @@ def reader(
 ) -> Weights:
     """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
 
-    Pretrained weights keep the type they are stored in (fp32 for GGUF). New ones, `init=random`, adapters
-    and scoring heads, are fp32 and pure functions of `seed`; with `zero_head` a new scoring head is zero,
-    as a critic's should be. Call the result on one rank: it holds the model. Raises ModelError where the
-    files lack a parameter.
+    Pretrained weights keep the type they are stored in (fp32 for GGUF) unless they are quantised. New ones,
+    `init=random`, adapters and scoring heads, are fp32 and pure functions of `seed`; with `zero_head` a new
+    scoring head is zero, as a critic's should be. Call the result on one rank: it holds the model. Raises
+    ModelError where the files lack a parameter.
     """
     lora = adapters.of(adapter)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         with quiet():
             lm = _adapted(load(description, seed=seed), lora, description.head)
+        quantised = nf4.chosen(lm) if lora and lora.kind == "qlora" else {}
         for name, parameter in lm.named_parameters():
-            if lora and adapters.is_magnitude(name):
+            if lora and name.removesuffix(".weight") in quantised:
+                yield from nf4.packed(PREFIX + name, parameter, double=lora.double_quantisation)
+            elif lora and adapters.is_magnitude(name):
                 yield PREFIX + name, adapters.magnitudes(lm, name)
             elif lora and adapters.is_adapter(name):
                 yield PREFIX + name, adapters.initial(name, parameter.shape, seed)

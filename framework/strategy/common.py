@@ -80,6 +80,14 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def dtype_to_fill(parameter: nn.Parameter, compute: torch.dtype) -> torch.dtype:
+    """What the value of a parameter arrives in: what is trained in fp32, what is frozen in the dtype of
+    computing, and whole numbers (packed weights) as they are."""
+    if not parameter.is_floating_point():
+        return parameter.dtype
+    return torch.float32 if parameter.requires_grad else compute
+
+
 def places(module: nn.Module) -> Places:
     """Every parameter of `module` and where it hangs, in the order of `named_parameters`."""
     found: Places = {}

@@ -138,12 +138,13 @@ def _fill(world: World, module: nn.Module, weights: Weights, compute: torch.dtyp
     for name, value in common.arriving(world, weights, named):
         empty = named[name]
         trained = empty.requires_grad
-        whole = torch.empty(empty.shape, dtype=torch.float32 if trained else compute, device=world.device)
+        arrives = common.dtype_to_fill(empty, compute)
+        whole = torch.empty(empty.shape, dtype=arrives, device=world.device)
         if value is not None:
             whole.copy_(value.reshape(empty.shape))
         if world.size > 1:
             dist.broadcast(whole, src=0)
-        parameter = nn.Parameter(whole.to(compute), requires_grad=trained)
+        parameter = nn.Parameter(whole.to(compute) if trained else whole, requires_grad=trained)
         common.hang(parameter, where[empty])
         if trained:
             masters[name] = parameter if compute == torch.float32 else nn.Parameter(whole)

@@ -128,7 +128,7 @@ class Fsdp:
         """
         compute = COMPUTE[self.precision]
         for parameter, where in common.places(module).items():
-            dtype = torch.float32 if parameter.requires_grad else compute
+            dtype = common.dtype_to_fill(parameter, compute)
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta")
             common.hang(nn.Parameter(empty, requires_grad=parameter.requires_grad), where)
         options: dict[str, Any] = {

@@ -306,11 +306,12 @@ def _fill(
     masters = {}
     for name, value in common.arriving(world, weights, named):
         empty = named[name]
-        whole = torch.empty(empty.shape, device=world.device)
+        whole = torch.empty(empty.shape, dtype=common.dtype_to_fill(empty, compute), device=world.device)
         if value is not None:
             whole.copy_(value.reshape(empty.shape))
         dist.broadcast(whole, src=0)
-        parameter: Any = nn.Parameter(whole.to(compute), requires_grad=empty.requires_grad)
+        kept = whole.to(compute) if empty.requires_grad else whole
+        parameter: Any = nn.Parameter(kept, requires_grad=empty.requires_grad)
         if empty.requires_grad and not torch.equal(parameter.float(), whole):
             size = whole.numel() if shard is None else -(-whole.numel() // world.size)
             first = 0 if shard is None else world.rank * size

@@ -30,7 +30,7 @@ MISTAKES = [
     ("~adapter.rank", "~adapter.rank: there is no adapter.rank with what is chosen; leave it out"),
     (
         "adapter.rank=8",
-        "there is no adapter.rank with what is chosen; type adapter=dora or adapter=lora and adapter.rank=8",
+        "with what is chosen; type adapter=dora or adapter=lora or adapter=qlora and adapter.rank=8",
     ),
     ("tracker.wandb.project=p", "type tracker=wandb and tracker.wandb.project=p"),
     ("loss.label_smoohting=0.1", "no such key; type loss.label_smoothing=0.1"),
@@ -92,6 +92,8 @@ MISTAKES = [
         "7 examples a step for 8 ranks",
     ),
     ("adapter=dora stage=grpo reward=verifier", "type adapter=lora"),
+    ("adapter=qlora model.compile=blocks", "type model.compile=none or adapter=lora"),
+    ("adapter=qlora stage=preference stage.reference=frozen", "type stage.reference=auto"),
     ("model.compile=blocks strategy=zero3", "type strategy=fsdp or model.compile=none"),
     ("launch.nnodes=2", "type launch.master_addr=HOST launch.master_port=29500"),
     ("launch.node_rank=3", "machine 3 of 1"),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 IMAGES = {"Dockerfile": "requirements-gpu.lock", "Dockerfile.cpu": "requirements-cpu.lock"}
 EXTRAS = ("deepspeed", "math")  # of pyproject.toml, in both images
+ON_CUDA = ("qlora",)  # and in that one
 
 
 def instructions(name):
@@ -83,7 +84,8 @@ def test_what_an_image_copies_and_installs_is_there(name):
 def test_a_lock_holds_what_the_project_asks_for(lock):
     """Fails when pyproject.toml or constraints.txt has moved on: run docker/lock.sh."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(r for e in EXTRAS for r in project["optional-dependencies"][e])]
+    extras = EXTRAS if "cpu" in lock else (*EXTRAS, *ON_CUDA)
+    asked = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
     found = locked(lock)
     for requirement in map(Requirement, asked):
         assert requirement.name in found, f"{requirement} is not locked; run docker/lock.sh"

@@ -102,17 +102,23 @@ def whole(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def reference(arguments: Sequence[str], *, steps: int) -> dict[str, Any]:
-    """The same run by plain means: one example at a time, whole logits, torch's AdamW, one process."""
+    """The same run by plain means: one example at a time, whole logits, torch's AdamW, one process.
+
+    For qlora that is LoRA over weights in fp32 that were replaced by what four bits leave of them.
+    """
     from framework.config import build, compose
-    from framework.models import load
+    from framework.models import load, nf4
 
     run = compose.compose(arguments)
     prepared = build.prepare(run)
     adapter = None if run.adapter.kind == "full" else run.adapter.model_dump()
+    weights = build.build_weights(prepared)()
+    if run.adapter.kind == "qlora":
+        adapter, weights = {**adapter, "kind": "lora"}, nf4.unpacked(weights)
     module = load.builder(prepared.description, attention="eager", head_chunk_tokens=1, adapter=adapter)()
     with torch.no_grad():
         parameters = dict(module.named_parameters())
-        for name, tensor in build.build_weights(prepared)():
+        for name, tensor in weights:
             parameters[name].copy_(tensor)
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=run.optim.lr, betas=run.optim.betas, weight_decay=0.0)

@@ -18,6 +18,8 @@ CELLS = [
     ("ddp", 2, "dora"),
     ("fsdp", 2, "dora"),
     ("zero3", 2, "dora"),
+    *((strategy, 2, "qlora") for strategy in STRATEGIES),
+    *(pytest.param(strategy, 2, "qlora", marks=pytest.mark.slow) for strategy in ("fsdp_offload", "zero2")),
     *((strategy, 2, "full") for strategy in ("hsdp", "fsdp_offload", "zero1", "zero2")),
     *(pytest.param(TWO_COPIES, 4, adapter, marks=pytest.mark.slow) for adapter in ("full", "lora")),
 ]

@@ -147,10 +147,11 @@ def test_state_goes_there_and_back_between_variations(strategy, command, tmp_pat
     assert losses == pytest.approx(straight[0]["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "adapter"), [(1, "lora"), (2, "lora"), (2, "qlora")])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_same_strategy_and_size_go_on_bit_for_bit(strategy, size, command, tmp_path):
-    arguments = [*command, "precision=bf16", "adapter=lora", "adapter.dropout=0.1", f"strategy={strategy}"]
+def test_the_same_strategy_and_size_go_on_bit_for_bit(strategy, size, adapter, command, tmp_path):
+    arguments = [*command, "precision=bf16", f"adapter={adapter}", "adapter.dropout=0.1"]
+    arguments += [f"strategy={strategy}"]
     whole = workers.run(size, train, [*arguments, f"run_dir={tmp_path}/a"], start=0, stop=STEPS)
     there = [*arguments, f"run_dir={tmp_path}/b"]
     first = workers.run(size, train, there, start=0, stop=BEFORE)
