@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from framework.data import tasks
+from framework.data.damage import damaged
 from framework.errors import DataError
 from framework.keyed import key
 from framework.rollout.base import Completion
 
-Pair = dict[str, Any]
+Row = dict[str, Any]
 
 
 def start_model(directory: Path, *, path: str, dtype: str = "bf16") -> dict[str, Any]:
@@ -70,15 +71,21 @@ def pairs(
     pairs_per_prompt: int = 2,
     max_new_tokens: int = 32,
     temperature: float = 1.0,
+    damaged_per_prompt: int = 0,
+    separator: str = " ",
     seed: int = 0,
 ) -> dict[str, Any]:
     """train.jsonl and held-out.jsonl of answers that `model` gave itself: a right one over a wrong one.
 
     `samples` answers to each of the first `prompts` questions of two files of task rows (JSONL as `task`
     writes them). An answer that did not end by itself is neither right nor wrong. At most
-    `pairs_per_prompt` pairs of different answers come from one question, drawn by `seed`; for training those
-    with the shortest wrong answers. A weak model errs mostly by saying too much, and a judge that has seen
-    little else pays a policy for leaving things out.
+    `pairs_per_prompt` pairs of different answers come from one question, drawn by `seed`.
+
+    ranked.jsonl is for a reward model: each question to train on once, with a right answer above the same
+    wrong ones and above `damaged_per_prompt` that are made of it by leaving a part out, saying it twice or
+    swapping it with its neighbour (`data.damage`; parts are what `separator` separates). A weak model errs
+    mostly by another word or one too many, and a judge that has seen little else pays a policy for leaving
+    words out.
 
     The facts say how well two trivial rankings do on the held-out pairs: the shorter answer (or the longer
     one, whichever does better), and the answer that `model` finds more likely; a reward model has to beat
@@ -104,18 +111,20 @@ def pairs(
             seed=key(seed, "pairs", name),
         )
         right = [verdict(answer, rows[n // samples]) for n, answer in enumerate(answers)]
-        groups = [slice(n * samples, (n + 1) * samples) for n in range(len(rows))]
-        chosen = [
-            (question, *pair)
-            for n, (question, group) in enumerate(zip(questions, groups, strict=True))
-            for pair in matched(
-                answers[group],
-                right[group],
-                most=pairs_per_prompt,
-                draw=random.Random(key(seed, name, n)),
-                shortest=name == "train",
-            )
-        ]
+        chosen, ranked = [], []
+        for n, (row, question) in enumerate(zip(rows, questions, strict=True)):
+            draw = random.Random(key(seed, name, n))
+            group = slice(n * samples, (n + 1) * samples)
+            found = matched(answers[group], right[group], most=pairs_per_prompt, draw=draw)
+            chosen += [(question, *pair) for pair in found]
+            good = [answer for answer, is_right in zip(answers[group], right[group], strict=True) if is_right]
+            if good:
+                better = draw.choice(good).text
+                wrong = [worse.text for _, worse in found]
+                made = damaged(better, separator=separator, draw=draw)
+                made = [text for text in made if text not in wrong and tasks.score(text, row) < 1.0]
+                wrong += made[:damaged_per_prompt]
+                ranked += [_ranking(question, better, wrong)] if wrong else []
         if not chosen:
             raise DataError(
                 f"no pair: {sum(map(bool, right))} of {len(answers)} answers to {path} are right; expected "
@@ -123,6 +132,9 @@ def pairs(
             )
         _write(directory / f"{name}.jsonl", [_row(*pair) for pair in chosen])
         facts |= {f"{name} pairs": len(chosen), f"{name} answers right": _mean(map(bool, right))}
+        if name == "train":
+            _write(directory / "ranked.jsonl", ranked)
+            facts |= {"ranked answers": sum(len(ranking["responses"]) for ranking in ranked)}
     facts |= _baselines([(better, worse) for _, better, worse in chosen])
     return {"facts": facts}
 
@@ -133,33 +145,28 @@ def verdict(answer: Completion, row: Mapping[str, Any]) -> bool | None:
 
 
 def matched(
-    answers: Sequence[Completion],
-    right: Sequence[bool | None],
-    *,
-    most: int,
-    draw: random.Random,
-    shortest: bool = False,
+    answers: Sequence[Completion], right: Sequence[bool | None], *, most: int, draw: random.Random
 ) -> list[tuple[Completion, Completion]]:
-    """At most `most` pairs of a right and a wrong answer to one question; no wrong text in two of them.
-
-    Wrong answers are drawn, or the `shortest` are taken.
-    """
+    """At most `most` pairs of a right and a wrong answer to one question; no wrong text in two of them."""
     different = {answer.text: (answer, verdict) for answer, verdict in zip(answers, right, strict=True)}
     good = [answer for answer, verdict in different.values() if verdict is True]
     bad = [answer for answer, verdict in different.values() if verdict is False]
     if not good:
         return []
     draw.shuffle(bad)
-    if shortest:
-        bad.sort(key=lambda answer: len(answer.ids))
     return [(draw.choice(good), worse) for worse in bad[:most]]
 
 
-def _row(question: Sequence[Mapping[str, str]], better: Completion, worse: Completion) -> Pair:
+def _row(question: Sequence[Mapping[str, str]], better: Completion, worse: Completion) -> Row:
     def turn(answer: Completion) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": answer.text}]
 
     return {"prompt": list(question), "chosen": turn(better), "rejected": turn(worse)}
+
+
+def _ranking(question: Sequence[Mapping[str, str]], better: str, wrong: Sequence[str]) -> Row:
+    """One answer above all others, which are alike."""
+    return {"prompt": list(question), "responses": [better, *wrong], "ranks": [1] + [2] * len(wrong)}
 
 
 def _baselines(found: Sequence[tuple[Completion, Completion]]) -> dict[str, float]:

@@ -37,10 +37,6 @@ def test_pairs_are_right_over_wrong_with_no_wrong_answer_twice():
     assert len({worse.text for _, worse in found} & {"b", "c", "d"}) == 2
     every = steps.matched(answers, right, most=9, draw=random.Random(0))
     assert sorted(worse.text for _, worse in every) == ["b", "c", "d"]
-    uneven = [said("a"), *(said(text, logps=[-1.0] * n) for text, n in (("b", 3), ("c", 1), ("d", 2)))]
-    verdicts = [True, False, False, False]
-    short = steps.matched(uneven, verdicts, most=2, draw=random.Random(0), shortest=True)
-    assert [worse.text for _, worse in short] == ["c", "d"]
     assert steps.matched(answers, [False] * 6, most=2, draw=random.Random(0)) == []
     assert steps.matched(answers, [True] * 6, most=2, draw=random.Random(0)) == []
 
@@ -62,7 +58,14 @@ def test_a_model_is_sampled_into_pairs_that_depend_on_the_seed_alone(tmp_path, t
         (tmp_path / where).mkdir()
         files = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held.jsonl")}
         result = steps.pairs(
-            tmp_path / where, model=str(tiny_model_dir), **files, samples=30, max_new_tokens=96, seed=seed
+            tmp_path / where,
+            model=str(tiny_model_dir),
+            **files,
+            samples=30,
+            max_new_tokens=96,
+            damaged_per_prompt=1,
+            separator="e",
+            seed=seed,
         )
         written = (tmp_path / where / "train.jsonl").read_text()
         return result["facts"], [json.loads(line) for line in written.splitlines()], written
@@ -75,6 +78,18 @@ def test_a_model_is_sampled_into_pairs_that_depend_on_the_seed_alone(tmp_path, t
         assert pair["prompt"][-1]["role"] == "user"
         assert [len(pair[side][0]["content"]) % 2 for side in ("chosen", "rejected")] == [0, 1]
     assert sampled("again", 0)[2] == text
+
+    ranked = [json.loads(line) for line in (tmp_path / "first" / "ranked.jsonl").read_text().splitlines()]
+    own = {pair["rejected"][0]["content"] for pair in pairs}
+    assert facts["ranked answers"] == sum(len(ranking["responses"]) for ranking in ranked)
+    for ranking in ranked:
+        better, *wrong = ranking["responses"]
+        assert ranking["ranks"] == [1] + [2] * len(wrong)
+        assert [len(text) % 2 for text in ranking["responses"]] == [0] + [1] * len(wrong)
+        made = [text for text in wrong if text not in own]  # of the right one, by its letters
+        assert len(made) <= 1
+        assert all(set(text) <= set(better) for text in made)
+    assert any(text not in own for ranking in ranked for text in ranking["responses"][1:])
     assert sampled("other", 1)[2] != text
 
 
