@@ -210,7 +210,10 @@ def build_engine(inspected: Inspected, world: World) -> Engine:
         structure = actor_critic.builder(
             structure, build_structure(inspected, world.device, of=inspected.critic)
         )
-        critic = load.reader(inspected.critic, adapter=adapter_of(run), seed=run.seed, zero_head=True)
+        keep = run.stage.critic_head == "kept"
+        critic = load.reader(
+            inspected.critic, adapter=adapter_of(run), seed=run.seed, zero_head=True, keep_head=keep
+        )
         weights = actor_critic.reader(weights, critic)
     return build_strategy(run, world).train(structure, weights, optimizer)
 

@@ -135,6 +135,7 @@ class Ppo(OnPolicy):
     value_scale: AboveZero
     value_clip: AboveZero | None
     critic: Text | None
+    critic_head: Literal["kept", "zeros"]
     critic_lr_scale: AboveZero
     critic_warmup: Count
 

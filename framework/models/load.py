@@ -158,14 +158,19 @@ def builder(
 
 
 def reader(
-    description: Description, *, adapter: Adapter = None, seed: int = 0, zero_head: bool = False
+    description: Description,
+    *,
+    adapter: Adapter = None,
+    seed: int = 0,
+    zero_head: bool = False,
+    keep_head: bool = True,
 ) -> Weights:
     """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
 
     Pretrained weights keep the type they are stored in (fp32 for GGUF) unless they are quantised. New ones,
     `init=random`, adapters and scoring heads, are fp32 and pure functions of `seed`; with `zero_head` a new
-    scoring head is zero, as a critic's should be. Call the result on one rank: it holds the model. Raises
-    ModelError where the files lack a parameter.
+    scoring head is zero, as a critic's should be, and without `keep_head` one that the files hold, too. Call
+    the result on one rank: it holds the model. Raises ModelError where the files lack a parameter.
     """
     lora = adapters.of(adapter)
 
@@ -180,7 +185,7 @@ def reader(
                 yield PREFIX + name, adapters.magnitudes(lm, name)
             elif lora and adapters.is_adapter(name):
                 yield PREFIX + name, adapters.initial(name, parameter.shape, seed)
-            elif zero_head and not description.scored and name.endswith(SCORE):
+            elif zero_head and not (description.scored and keep_head) and name.endswith(SCORE):
                 yield PREFIX + name, torch.zeros_like(parameter, requires_grad=False)
             else:
                 yield PREFIX + name, parameter.detach()

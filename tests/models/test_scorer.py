@@ -121,6 +121,9 @@ def test_what_is_exported_scores_alike_in_transformers_and_here(description, tmp
     assert saved.scored
     again = dict(load.reader(saved, seed=7, zero_head=True)())
     assert all(torch.equal(again[name], tensor) for name, tensor in _moved(description))
+    bare = dict(load.reader(saved, seed=7, zero_head=True, keep_head=False)())
+    assert not bare.pop(HEAD).any()
+    assert all(torch.equal(bare[name], again[name]) for name in bare)
 
 
 def test_padding_is_never_a_token_that_ends_an_answer(directory, tmp_path):

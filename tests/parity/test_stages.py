@@ -97,3 +97,11 @@ def test_an_adapter_switched_off_is_the_frozen_start_model(kind, alone):
 
 def test_a_reference_that_was_computed_once_is_the_frozen_one(alone):
     same_curve(alone("dpo", stage__reference="cached"), alone("dpo"))
+
+
+def test_a_critic_begins_with_or_without_the_opinion_of_its_reward_model(alone):
+    kept, zeros = alone("ppo"), alone("ppo", stage__critic_head="zeros")
+    assert kept["tokens"][0] == zeros["tokens"][0]
+    assert kept["rollouts"][0]["value"] != 0
+    assert zeros["rollouts"][0]["value"] == 0
+    assert zeros["rollouts"][-1]["value"] != 0
