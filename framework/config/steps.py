@@ -75,17 +75,17 @@ def pairs(
     separator: str = " ",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """train.jsonl and held-out.jsonl of answers that `model` gave itself: a right one over a wrong one.
+    """train.jsonl and held-out.jsonl of answers that `model` gave itself: right ones over wrong ones.
 
     `samples` answers to each of the first `prompts` questions of two files of task rows (JSONL as `task`
-    writes them). An answer that did not end by itself is neither right nor wrong. At most
-    `pairs_per_prompt` pairs of different answers come from one question, drawn by `seed`.
+    writes them). An answer that did not end by itself is neither right nor wrong. Held out are pairs of
+    different answers, at most `pairs_per_prompt` from one question, drawn by `seed`.
 
-    ranked.jsonl is for a reward model: each question to train on once, with a right answer above the same
-    wrong ones and above `damaged_per_prompt` that are made of it by leaving a part out, saying it twice or
-    swapping it with its neighbour (`data.damage`; parts are what `separator` separates). A weak model errs
-    mostly by another word or one too many, and a judge that has seen little else pays a policy for leaving
-    words out.
+    To train on are rankings, in which a question stands once: a right answer over at most `pairs_per_prompt`
+    wrong ones, and over `damaged_per_prompt` that are made of it by leaving a part out, saying it twice or
+    swapping it with its neighbour (`data.damage`; parts are what `separator` separates). A weak model errs by
+    another word or by one too many. Who learns from that alone, a judge or a policy, learns that shorter is
+    better, and ends up with words left out.
 
     The facts say how well two trivial rankings do on the held-out pairs: the shorter answer (or the longer
     one, whichever does better), and the answer that `model` finds more likely; a reward model has to beat
@@ -111,7 +111,7 @@ def pairs(
             seed=key(seed, "pairs", name),
         )
         right = [verdict(answer, rows[n // samples]) for n, answer in enumerate(answers)]
-        chosen, ranked = [], []
+        chosen, rankings = [], []
         for n, (row, question) in enumerate(zip(rows, questions, strict=True)):
             draw = random.Random(key(seed, name, n))
             group = slice(n * samples, (n + 1) * samples)
@@ -124,17 +124,19 @@ def pairs(
                 made = damaged(better, separator=separator, draw=draw)
                 made = [text for text in made if text not in wrong and tasks.score(text, row) < 1.0]
                 wrong += made[:damaged_per_prompt]
-                ranked += [_ranking(question, better, wrong)] if wrong else []
+                rankings += [_ranking(question, better, wrong)] if wrong else []
         if not chosen:
             raise DataError(
                 f"no pair: {sum(map(bool, right))} of {len(answers)} answers to {path} are right; expected "
                 "questions with right and with wrong answers; train the model more or less, or sample more"
             )
-        _write(directory / f"{name}.jsonl", [_row(*pair) for pair in chosen])
         facts |= {f"{name} pairs": len(chosen), f"{name} answers right": _mean(map(bool, right))}
         if name == "train":
-            _write(directory / "ranked.jsonl", ranked)
-            facts |= {"ranked answers": sum(len(ranking["responses"]) for ranking in ranked)}
+            facts |= {"train rankings": len(rankings)}
+            facts |= {"train pairs with damaged answers": sum(len(r["ranks"]) - 1 for r in rankings)}
+        _write(
+            directory / f"{name}.jsonl", rankings if name == "train" else [_pair(*pair) for pair in chosen]
+        )
     facts |= _baselines([(better, worse) for _, better, worse in chosen])
     return {"facts": facts}
 
@@ -157,7 +159,7 @@ def matched(
     return [(draw.choice(good), worse) for worse in bad[:most]]
 
 
-def _row(question: Sequence[Mapping[str, str]], better: Completion, worse: Completion) -> Row:
+def _pair(question: Sequence[Mapping[str, str]], better: Completion, worse: Completion) -> Row:
     def turn(answer: Completion) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": answer.text}]
 

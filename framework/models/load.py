@@ -168,9 +168,9 @@ def reader(
     """Yields (name in the built model, whole tensor on the CPU), every parameter once, in its order.
 
     Pretrained weights keep the type they are stored in (fp32 for GGUF) unless they are quantised. New ones,
-    `init=random`, adapters and scoring heads, are fp32 and pure functions of `seed`; with `zero_head` a new
-    scoring head is zero, as a critic's should be, and without `keep_head` one that the files hold, too. Call
-    the result on one rank: it holds the model. Raises ModelError where the files lack a parameter.
+    `init=random`, adapters and scoring heads, are fp32 and pure functions of `seed`; a new scoring head is 0
+    with `zero_head`, every one without `keep_head`. Call it on one rank: it holds the model. Raises
+    ModelError where the files lack a parameter.
     """
     lora = adapters.of(adapter)
 

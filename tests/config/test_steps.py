@@ -67,30 +67,27 @@ def test_a_model_is_sampled_into_pairs_that_depend_on_the_seed_alone(tmp_path, t
             separator="e",
             seed=seed,
         )
-        written = (tmp_path / where / "train.jsonl").read_text()
-        return result["facts"], [json.loads(line) for line in written.splitlines()], written
+        texts = [(tmp_path / where / f"{name}.jsonl").read_text() for name in ("train", "held-out")]
+        return result["facts"], *([json.loads(line) for line in t.splitlines()] for t in texts), texts
 
-    facts, pairs, text = sampled("first", 0)
-    assert facts["train pairs"] == len(pairs) > 0
+    facts, rankings, pairs, texts = sampled("first", 0)
     assert 0 < facts["train answers right"] < 1
+    assert facts["held-out pairs"] == len(pairs) > 0
     for pair in pairs:
         assert list(pair) == ["prompt", "chosen", "rejected"]
         assert pair["prompt"][-1]["role"] == "user"
         assert [len(pair[side][0]["content"]) % 2 for side in ("chosen", "rejected")] == [0, 1]
-    assert sampled("again", 0)[2] == text
-
-    ranked = [json.loads(line) for line in (tmp_path / "first" / "ranked.jsonl").read_text().splitlines()]
-    own = {pair["rejected"][0]["content"] for pair in pairs}
-    assert facts["ranked answers"] == sum(len(ranking["responses"]) for ranking in ranked)
-    for ranking in ranked:
+    assert facts["train rankings"] == len(rankings) > 0
+    assert facts["train pairs with damaged answers"] == sum(len(r["responses"]) - 1 for r in rankings)
+    assert facts["train pairs with damaged answers"] > facts["train pairs"]
+    for ranking in rankings:
         better, *wrong = ranking["responses"]
         assert ranking["ranks"] == [1] + [2] * len(wrong)
         assert [len(text) % 2 for text in ranking["responses"]] == [0] + [1] * len(wrong)
-        made = [text for text in wrong if text not in own]  # of the right one, by its letters
-        assert len(made) <= 1
-        assert all(set(text) <= set(better) for text in made)
-    assert any(text not in own for ranking in ranked for text in ranking["responses"][1:])
-    assert sampled("other", 1)[2] != text
+        if len(wrong) == 3:  # two of the model's own, then one made of the right answer's letters
+            assert set(wrong[-1]) <= {*better, "e"}
+    assert sampled("again", 0)[3] == texts
+    assert sampled("other", 1)[3] != texts
 
 
 def test_no_pair_is_refused(tmp_path, tiny_model_dir, monkeypatch):
