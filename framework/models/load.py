@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
 )
@@ -32,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from framework.errors import ModelError
 from framework.keyed import key
 from framework.models import adapters, attention, families, nf4, source
+from framework.models import tokenizer as words
 from framework.models.adapters import Lora
 from framework.models.policy import Policy, causal_lm
 from framework.models.scorer import Scorer
@@ -43,9 +43,6 @@ PREFIX = "lm."  # of every parameter of a `Policy` and of a `Scorer`
 HEADS = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 SCORE = "score.weight"  # the head of a `Scorer`, [1, d]
 WIDEST = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model tekken.json"
-).split()
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def inspect(
         config = source.configuration(found)
         families.check(config, head=head)
         scored = _scores(path, config, head) and init != "random"
-        tokenizer = _tokenizer(found, config)
+        tokenizer = words.load(found, config)
         lm = _structure(config, "eager", torch.device("meta"), head=head)
         if quantised:
             nf4.check(lm, config.model_type)
@@ -107,7 +104,7 @@ def inspect(
             f"layers ({state[0]})"
         )
     weights = "random" if init == "random" else found.fingerprint()
-    parts = [json.dumps(config.to_dict(), sort_keys=True, default=str), _vocabulary(tokenizer), weights]
+    parts = [json.dumps(config.to_dict(), sort_keys=True, default=str), words.identity(tokenizer), weights]
     return Description(
         path=path,
         source=found,
@@ -328,48 +325,6 @@ def _adapted(lm: Any, lora: Lora | None, head: str) -> Any:
     if head == "score":
         causal_lm(lm).score.weight.requires_grad_(True)
     return lm
-
-
-def _tokenizer(found: Source, config: PretrainedConfig) -> Any:
-    """The model's tokenizer, with a known end of sequence and no id beyond the embedding."""
-    where = found.directory
-    if found.gguf_file is None and not any((where / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            f"{where} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); put one there or set "
-            "model.path to a directory that has both"
-        )
-    options: dict[str, Any] = {"gguf_file": found.gguf_file} if found.gguf_file else {"config": config}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=False, local_files_only=True, **options
-        )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{where}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-    text = config.get_text_config(decoder=True)
-    if tokenizer.eos_token_id is None:
-        ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        if ends[0] is None:
-            raise ModelError(
-                f"{where}: the tokenizer has no end-of-sequence token, so a model would never learn to "
-                "stop; set eos_token in its tokenizer_config.json, or eos_token_id in config.json"
-            )
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= text.vocab_size:
-        raise ModelError(
-            f"{where}: the tokenizer has ids up to {largest}, the embedding has {text.vocab_size} rows; set "
-            "model.path to a model and tokenizer that belong together"
-        )
-    return tokenizer
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """A text that changes when the tokenizer would cut or frame a text in another way."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    cut = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return json.dumps(
-        [cut, tokenizer.special_tokens_map, tokenizer.chat_template], sort_keys=True, default=str
-    )
 
 
 def _stored_dtype(files: list[Any]) -> torch.dtype:
