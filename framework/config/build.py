@@ -29,7 +29,7 @@ from framework.data.tokenise import Progress
 from framework.errors import ConfigError
 from framework.losses.inputs import inputs
 from framework.losses.items import Items
-from framework.models import actor_critic, answering, load
+from framework.models import actor_critic, answering, freezing, load
 from framework.strategy.base import Build, Engine, Frozen, Weights, World
 from framework.train.checkpoint import Checkpointer
 from framework.train.optim import adamw
@@ -65,6 +65,7 @@ class Prepared(Inspected):
     steps: int
     replay: Sequence[Table] = ()  # of a term of its own
     retention: Sequence[Table] = ()
+    important: Sequence[Table] = ()  # text whose Fisher information says which weights matter
     questions: Sequence[PromptTable] = ()
     probes: probes.Probes | None = None  # what is watched for forgetting
 
@@ -87,6 +88,9 @@ class Prepared(Inspected):
         if run.replay.max_forgetting is not None and self.probes is not None:
             identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources"})
             identity["probes"] = self.probes.identity
+        if (protect := run.protect).chosen:  # what comes after the last step may still change
+            identity["protect"] = protect.model_dump(mode="json", exclude={"sources", "interpolate"})
+            identity["important"] = [table.fingerprint for table in self.important]
         if run.stage.name != "sft":
             identity["stage"] = shown["stage"]
             identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})
@@ -163,6 +167,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     named = _distinct([*train_tables, *replay_tables])
     asked = [*run.evaluate.prompts, *(held_out if online else ())]
     retention = text(run.evaluate.retention)
+    important = text(run.protect.sources) or (replay_tables if run.protect.importance == "fisher" else [])
     steps = _steps(run, mixture, sum(map(len, train_tables)))
     return Prepared(
         **vars(inspected),
@@ -170,10 +175,11 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         replay=() if mixed else named[len(train_tables) :],
         held_out=() if online else read(held_out),
         retention=retention,
+        important=important,
         questions=_read_prompts(inspected, asked, progress=progress) if asked else (),
         mixture=mixture,
         steps=steps,
-        probes=probes.prepare(run, retention, named, steps, _reading(inspected)),
+        probes=probes.prepare(run, retention, [*named, *important], steps, _reading(inspected)),
     )
 
 
@@ -203,7 +209,8 @@ def build_engine(inspected: Inspected, world: World) -> Engine:
     """What is trained, spread over the ranks and filled."""
     run = inspected.run
     optimizer = partial(adamw, betas=run.optim.betas, eps=run.optim.eps, weight_decay=run.optim.weight_decay)
-    structure, weights = build_structure(inspected, world.device), build_weights(inspected)
+    structure = freezing.frozen(build_structure(inspected, world.device), run.protect.freeze)
+    weights = build_weights(inspected)
     if inspected.critic is not None:
         assert isinstance(run.stage, Ppo)
         optimizer = partial(optimizer, lr_scales={actor_critic.CRITIC: run.stage.critic_lr_scale})
@@ -293,7 +300,7 @@ def learning_rate(prepared: Prepared) -> Schedule:
     decay = round(total * chosen.decay_fraction) if isinstance(chosen, Wsd) else 0
     return schedule(
         chosen.name,
-        lr=prepared.run.optim.lr,
+        lr=prepared.run.optim.lr * prepared.run.protect.lr_scale,
         total=total,
         warmup=warmup,
         min_ratio=getattr(chosen, "min_ratio", 0.0),

@@ -184,8 +184,8 @@ class Replay(Node):
                 "both or neither",
                 f"replay.max_forgetting=0.01 or replay.{serving[0]}=null",
             )
-        if self.max_forgetting is None:
-            return self
+        if self.max_forgetting is None or (not self.sources and self.most is None):
+            return self  # without sources a budget is judged only, and nothing is steered
         key, limit = ("replay.fraction", 1.0) if self.scale is None else ("replay.scale", float("inf"))
         if self.most is None or not self.start <= self.most < limit or self.start == 0:
             most = min(max(5 * self.start, 0.1), 0.9) if self.scale is None else 5 * self.start

@@ -46,7 +46,8 @@ def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) ->
     decide = None
     if prepared.run.replay.max_forgetting is not None:
         replay = prepared.run.replay
-        decide = Steering(replay, probes.budgeted, stage.steer, world, steps=prepared.steps)
+        steer = stage.steer if replay.sources else None
+        decide = Steering(replay, probes.budgeted, steer, world, steps=prepared.steps)
     objective = AgainstStart(vocabulary=prepared.description.vocab_size)
     return Retention(engine, probe, objective, probes.cadence, decide=decide, told=told)
 

@@ -43,6 +43,7 @@ from framework.config.nodes import (
     exactly_one,
     refuse,
 )
+from framework.config.protect import Protect
 from framework.config.stage import (
     ONLINE,
     SUPERVISED,
@@ -76,6 +77,7 @@ class Run(Node):
     adapter: Annotated[Full | Lora | Dora | Qlora, Field(discriminator="kind")]
     data: Data
     replay: Replay
+    protect: Protect
     rollout: Annotated[Hf | Vllm, Field(discriminator="engine")]
     reward: Rewards
     batch: Batch
@@ -156,6 +158,7 @@ class Run(Node):
             )
         self._quantised()
         self._rehearsed()
+        self._protected()
         self._online()
         pairs.check(self.strategy, self.launch)
         world_size = self.launch.nproc * self.launch.nnodes
@@ -217,13 +220,16 @@ class Run(Node):
     def _rehearsed(self) -> None:
         """Replay is mixed into supervised data and a term of its own beside any other."""
         watched = self.retain.builtin or self.evaluate.retention
-        if self.replay.max_forgetting is not None and not (watched and self.replay.sources):
+        held = self.replay.sources or self.protect.chosen
+        if self.replay.max_forgetting is not None and not (watched and held):
             raise refuse(
                 "replay.max_forgetting, " + ("replay.sources" if watched else "evaluate.retention"),
                 "a budget of forgetting and "
-                + ("nothing to replay" if watched else "nothing it is measured on"),
-                "data to replay and text to watch",
-                "'replay.sources=[{path: general.jsonl}]'" if watched else "retain=default",
+                + ("nothing that could keep it" if watched else "nothing it is measured on"),
+                "data to replay or another protection, and text to watch",
+                "'replay.sources=[{path: general.jsonl}]' or protect=interpolate"
+                if watched
+                else "retain=default",
             )
         if self.stage.name in SUPERVISED and self.replay.scale is not None:
             raise refuse(
@@ -245,6 +251,33 @@ class Run(Node):
                 "text to rehearse, and a reward model, which writes none",
                 "no replay",
                 "replay=none",
+            )
+
+    def _protected(self) -> None:
+        """What a protection needs of the rest of the tree."""
+        protect = self.protect
+        if protect.interpolate == "budget" and self.replay.max_forgetting is None:
+            raise refuse(
+                "protect.interpolate, replay.max_forgetting",
+                "the way back to the start until a budget is kept, and no budget",
+                "how much may be forgotten, or a fixed share",
+                "replay.max_forgetting=0.05 or protect.interpolate=0.5",
+            )
+        if self.adapter.kind != "full" and (protect.pull > 0 or protect.freeze):
+            key = "pull" if protect.pull > 0 else "freeze"
+            raise refuse(
+                f"protect.{key}, adapter",
+                f"protect.{key} of the model's weights, and adapter={self.adapter.kind}, which changes none "
+                "of them",
+                "a protection of what an adapter adds",
+                "protect=interpolate, protect=average, protect=low_rate or a lower adapter.rank",
+            )
+        if protect.importance == "fisher" and not (protect.sources or self.replay.sources):
+            raise refuse(
+                "protect.importance, protect.sources",
+                "weights that matter for text, and no text",
+                "some of what must not be forgotten",
+                "'protect.sources=[{path: general.jsonl}]'",
             )
 
     def _online(self) -> None:

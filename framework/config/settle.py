@@ -63,6 +63,7 @@ def _absolute(run: Run) -> Run:
             "reward": run.reward.model_copy(update=reward),
             "evaluate": run.evaluate.model_copy(update=evaluate),
             "data": run.data.model_copy(update=data),
+            "protect": run.protect.model_copy(update={"sources": sources(run.protect.sources)}),
             "replay": run.replay.model_copy(update={"sources": sources(run.replay.sources)}),
         }
     )

@@ -18,18 +18,25 @@ NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
 class Steering:
     """Acts on each look of `train.retain.Retention`: moves replay, says so, and judges at the end.
 
-    `names` are the kinds of text that the budget binds, `steer` sets the amount of replay. Decided on rank 0
-    and broadcast, state and all, so that no rank can differ.
+    `names` are the kinds of text that the budget binds, `steer` sets the amount of replay; None where nothing
+    is replayed, and the budget is judged only. Decided on rank 0 and broadcast, state and all, so that no
+    rank can differ.
     """
 
     def __init__(
-        self, asked: Replay, names: Sequence[str], steer: Callable[[float], None], world: World, *, steps: int
+        self,
+        asked: Replay,
+        names: Sequence[str],
+        steer: Callable[[float], None] | None,
+        world: World,
+        *,
+        steps: int,
     ) -> None:
         assert asked.max_forgetting is not None
-        assert asked.most is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
         budget = math.log1p(asked.max_forgetting) if asked.unit == "relative_loss" else asked.max_forgetting
-        self.controller = Controller(Rules(budget=budget, start=asked.start, most=asked.most))
+        start, most = (1.0, 1.0) if steer is None else (asked.start, asked.most or asked.start)
+        self.controller = Controller(Rules(budget=budget, start=start, most=most))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}
@@ -42,19 +49,18 @@ class Steering:
         divergences: Mapping[str, Change],
     ) -> tuple[dict[str, float], list[Report]]:
         """(metrics, lines) of a look after `step` steps. Collective."""
-        by_kl = self.asked.unit == "kl"
-        found = divergences if by_kl else changes
-        readings = dict.fromkeys(self.names, NOTHING)  # of rows that the start model cannot score
-        for name in found.keys() & readings.keys():
-            one = found[name]
-            readings[name] = Reading(one.change, one.high, 0.0 if by_kl else noise[name], one.rows)
+        readings = self._readings(changes, noise, divergences)
         self.spent += self.controller.state.amount * (step - self.since)
         self.since = step
         metrics = {"replay/share" if self._mixed else "replay/coefficient": self.controller.state.amount}
+        if self.steer is None:
+            metrics = {}
         if step == 0:  # nothing was trained, so nothing can be forgotten yet
             return metrics, self._doubts(readings)
         if step == self.steps:
             return metrics, [self._judge(readings)]
+        if self.steer is None:
+            return metrics, []
         mine = None
         if self.world.rank == 0:
             decided = self.controller.decide(readings, progress=step / self.steps)
@@ -73,6 +79,45 @@ class Steering:
             )
             lines.append(("event", {"message": message}))
         return metrics, lines
+
+    def keeps(
+        self, changes: Mapping[str, Change], noise: Mapping[str, float], divergences: Mapping[str, Change]
+    ) -> bool:
+        """Whether what was measured is within the budget. Alike on all ranks, as the measurements are."""
+        return self.controller.verdict(self._readings(changes, noise, divergences)).status == "kept"
+
+    def judge(
+        self,
+        changes: Mapping[str, Change],
+        noise: Mapping[str, float],
+        divergences: Mapping[str, Change],
+        *,
+        share: float,
+    ) -> Report:
+        """The verdict on what is handed out in the place of the last weights, at `share` of the way."""
+        before = self.judged.get("message", "nothing was said")
+        readings = self._readings(changes, noise, divergences)
+        kind, judged = self._judge(readings)
+        if share < 1 and judged["verdict"] == "kept":
+            self.judged["verdict"] = "kept by interpolation"
+            self.judged["message"] = (
+                f"forgetting budget of {self._asked} kept by interpolating with the start weights by "
+                f"{share:.4g}: {self._worst(judged['binding'], readings)}. Without: {before}"
+            )
+        self.judged["interpolated"] = share
+        return kind, self.judged
+
+    def _readings(
+        self, changes: Mapping[str, Change], noise: Mapping[str, float], divergences: Mapping[str, Change]
+    ) -> dict[str, Reading]:
+        """Of the bound kinds of text, in the unit of the budget."""
+        by_kl = self.asked.unit == "kl"
+        found = divergences if by_kl else changes
+        readings = dict.fromkeys(self.names, NOTHING)  # of rows that the start model cannot score
+        for name in found.keys() & readings.keys():
+            one = found[name]
+            readings[name] = Reading(one.change, one.high, 0.0 if by_kl else noise[name], one.rows)
+        return readings
 
     def state_dict(self) -> dict[str, Any]:
         """To go on from exactly; JSON."""
@@ -138,8 +183,8 @@ class Steering:
             "forgotten": relative(verdict.high) if self.asked.unit == "relative_loss" else verdict.high,
             "budget": self.asked.max_forgetting,
             "unit": self.asked.unit,
-            "mean_replay": mean,
-            "last_replay": self.controller.state.amount,
+            "mean_replay": mean if self.steer is not None else 0.0,
+            "last_replay": self.controller.state.amount if self.steer is not None else 0.0,
             "message": self._verdict(verdict, readings, mean),
         }
         return "event", self.judged
@@ -149,7 +194,7 @@ class Steering:
         worst = self._worst(verdict.binding, readings)
         used = f"with {self._word()} at {self._amount(mean)} on average"
         if verdict.status == "kept":
-            return f"{budget} kept: {worst}, {used}"
+            return f"{budget} kept: {worst}" + (f", {used}" if self.steer is not None else "")
         assert verdict.binding is not None
         reading = readings[verdict.binding]
         if verdict.status == "unresolvable":
@@ -162,6 +207,8 @@ class Steering:
                 f"{budget} not resolved: {verdict.binding} has changed by {self._shown(reading.change)}, "
                 f"which its {reading.rows} rows only bound by {self._shown(reading.high)}; {need}"
             )
+        if self.steer is None:
+            return f"{budget} infeasible: {worst}, and nothing was replayed. {self._advice()}"
         at = self.controller.state.amount
         if at < self.controller.rules.most:
             reach = f"the run ended with {self._word()} at {self._amount(at)}, on its way; begin with more"

@@ -11,7 +11,7 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, judging, record, retention, shortage, speed, stages
+from framework.config import build, finish, judging, record, retention, shortage, speed, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
@@ -85,6 +85,7 @@ def agree(prepared: Prepared, world: World) -> None:
         *prepared.replay,
         *prepared.held_out,
         *prepared.retention,
+        *prepared.important,
         *prepared.questions,
     )
     by_rank = world.gather([(table.name, table.fingerprint) for table in tables])
@@ -211,6 +212,8 @@ def _train(
     engine = build.build_engine(prepared, world)
     if resume is not None:
         resume.expect(engine.trained)
+    protection = finish.Protection(prepared, world, engine, resumed=resume is not None)
+    engine = protection.engine
     online = prepared.run.stage.name in ONLINE
     rollout = judging.build_rollout(prepared, world) if online or prepared.questions else None
     assess = (
@@ -231,11 +234,14 @@ def _train(
         watch=watch,
         speed=Speed(speed.cost_of(prepared), speed.peak_of(prepared.run, world.device)),
     )
+    told: dict[str, Any] = {}
+    if result.status == "done":
+        result, told = protection.finish(result, stage, watch, assess, tracker)
     if result.status == "done" and prepared.run.checkpoint.export:
         where = Path(prepared.run.run_dir) / "model"
         write_model(prepared, engine, where)
         tracker.artifact(where, kind="model")
-    return result, retention.summary(watch)
+    return result, {**retention.summary(watch), **told}
 
 
 def _measure(prepared: Inspected, world: World, checkpoint: Path) -> tuple[int, dict[str, float]]:

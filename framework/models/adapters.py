@@ -101,13 +101,18 @@ def is_adapter(name: str) -> bool:
     return f".{DEFAULT}." in name and ".lora_" in name
 
 
+def is_inner(name: str) -> bool:
+    """Whether a parameter is an A, which alone changes nothing: an update B A is linear in B."""
+    return ".lora_A." in name or ".lora_embedding_A." in name
+
+
 def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The first value of an adapter's parameter in fp32, a pure function of its name, shape and `seed`.
 
     A is uniform within 1 / sqrt(in), as peft draws it; B is zero. So a run begins with the same
     numbers under every strategy.
     """
-    if ".lora_A." not in name and ".lora_embedding_A." not in name:
+    if not is_inner(name):
         return torch.zeros(*shape)
     generator = torch.Generator().manual_seed(key(seed, "adapter", name))
     bound = 1 / math.sqrt(shape[1])

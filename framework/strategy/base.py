@@ -75,6 +75,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """What a rank holds of one parameter, flattened and contiguous: views, which may be written to."""
+
+    start: int  # first element of the flattened parameter
+    values: Mapping[str, Tensor]  # MASTER, FIRST, SECOND -> [n] fp32, where they are kept
+
+
+@dataclass(frozen=True)
 class EngineState:
     """This rank's share of the training state. Over all ranks the shards cover each element once."""
 
@@ -119,6 +127,13 @@ class Engine(Protocol):
 
         Collective: all ranks iterate to the end. Trained parameters in fp32 (the masters), frozen
         ones in their own dtype. A tensor is valid until the next one is asked for.
+        """
+
+    def held(self) -> AbstractContextManager[Mapping[str, Sequence[Slice]]]:
+        """What this rank holds of each trained parameter, to be read or changed inside.
+
+        Collective. Ranks that hold the same elements must change them alike. What the model computes with
+        follows the masters at the end.
         """
 
     def state_dict(self) -> EngineState: ...

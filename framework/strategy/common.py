@@ -25,6 +25,7 @@ from framework.strategy.base import (
     OptimizerFactory,
     Read,
     Shard,
+    Slice,
     Weights,
     World,
 )
@@ -192,6 +193,11 @@ def values(optimizer: torch.optim.Optimizer, part: Part) -> dict[str, Tensor]:
         state["exp_avg_sq"] = torch.zeros_like(part.master, requires_grad=False)
     moments = {FIRST: state["exp_avg"], SECOND: state["exp_avg_sq"]}
     return {MASTER: part.master.detach().view(-1)} | {key: value.view(-1) for key, value in moments.items()}
+
+
+def slices(optimizer: torch.optim.Optimizer, parts: Mapping[str, Part]) -> dict[str, list[Slice]]:
+    """Views of all that this rank holds, whether it is this rank's to save or not."""
+    return {name: [Slice(part.first, values(optimizer, part))] for name, part in parts.items()}
 
 
 def snapshot(optimizer: torch.optim.Optimizer, parts: Mapping[str, Part], updates: int) -> EngineState:

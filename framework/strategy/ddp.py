@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.strategy import common
-from framework.strategy.base import Build, EngineState, OptimizerFactory, Read, Weights, World
+from framework.strategy.base import (
+    Build,
+    EngineState,
+    OptimizerFactory,
+    Read,
+    Slice,
+    Weights,
+    World,
+)
 from framework.strategy.buckets import Buckets
 from framework.strategy.common import COMPUTE, Part
 from framework.strategy.frozen import Frozen, put_whole
@@ -104,6 +112,11 @@ class DdpEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._module.named_parameters():
             yield name, (self._parts[name].master if name in self._parts else parameter).detach()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Mapping[str, Sequence[Slice]]]:
+        yield common.slices(self._optimizer, self._parts)
+        self._round()
 
     def state_dict(self) -> EngineState:
         return common.snapshot(self._optimizer, self._parts, self._updates)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -32,6 +32,7 @@ from framework.strategy.base import (
     OptimizerFactory,
     Read,
     Shardable,
+    Slice,
     Weights,
     World,
 )
@@ -212,6 +213,11 @@ class FsdpEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
             yield name, cast(DTensor, parameter.detach().to(self.world.device)).full_tensor()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Mapping[str, Sequence[Slice]]]:
+        self._release()
+        yield common.slices(self._optimizer, self._parts)
 
     def state_dict(self) -> EngineState:
         return common.snapshot(self._optimizer, self._parts, self._updates)

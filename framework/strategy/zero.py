@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from framework.strategy.base import (
     OptimizerFactory,
     Read,
     Shard,
+    Slice,
     Weights,
     World,
 )
@@ -184,6 +185,17 @@ class ZeroEngine:
                 yield name, whole
             else:
                 yield name, parameter.detach()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Mapping[str, Sequence[Slice]]]:
+        yield {
+            name: [
+                Slice(piece.start, {w: piece.of(v) for w, v in self._state(piece.flat).items()})
+                for piece in pieces
+            ]
+            for name, pieces in self._pieces.items()
+        }
+        self._round()
 
     def state_dict(self) -> EngineState:
         return EngineState(

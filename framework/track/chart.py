@@ -27,8 +27,9 @@ def chart(
     marks: Sequence[float] = (),
     noisy: bool = False,
     from_zero: bool = False,
+    over: str = "step",
 ) -> str:
-    """A figure of some lines over the steps; "" when no value is finite.
+    """A figure of some lines over the steps, or what `over` names; "" when no value is finite.
 
     `marks` are steps to be marked by a dashed line. A `noisy` line of more than 60 points is faint and
     its moving average is drawn over it. `from_zero` starts the axis of values at 0, for quantities
@@ -70,7 +71,7 @@ def chart(
             if math.isfinite(y):
                 at, up = place(x, y)
                 radius = 2.5 if len(points) <= 30 else 0
-                label = f"{escape(name)}, step {x:.0f}: {y:.6g}"
+                label = f"{escape(name)}, {over} {x:.6g}: {y:.6g}"
                 parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="{radius}" style="fill:{colour}"/>')
                 parts.append(
                     f'<circle class="hit" cx="{at:.1f}" cy="{up:.1f}" r="7"><title>{label}</title></circle>'
@@ -82,7 +83,7 @@ def chart(
     return (
         f"<figure><figcaption>{escape(title)}{f' <small>{escape(unit)}</small>' if unit else ''}</figcaption>"
         + (f'<ul class="legend">{legend}</ul>' if len(drawn) > 1 else "")
-        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps">'
+        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over {over}s">'
         + "".join(parts)
         + "</svg></figure>"
     )

@@ -66,7 +66,7 @@ class Console:
             self._rolled(metrics, step)
         elif kind == "event":
             self._print(str(metrics["message"]), "dim")
-        else:
+        elif kind != "interpolate":  # a curve, which an event sums up
             self._print(f"{kind:5} step {step}  {_sets(metrics)}", "bold")
 
     def artifact(self, path: Path, *, kind: str) -> None:

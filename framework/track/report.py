@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from framework.track import jsonl, parts, retention
+from framework.track import interpolation, jsonl, parts, retention
 from framework.track.chart import COLOURS, Points, chart, number
 from framework.track.page import PAGE
 from framework.track.parts import Record
@@ -69,6 +69,7 @@ def render(records: Sequence[Record], *, config: Mapping[str, Any], status: str,
     resumes = [record["step"] for record in events if "resumed" in record["message"]]
     title = str(config.get("name") or name)
     kept = retention.figures(retained, held_out, rollouts, train, events, resumes)
+    kept += interpolation.figures([record for record in records if record["kind"] == "interpolate"])
     sections = [
         parts.section("Learnt and forgotten", kept, "charts"),
         parts.section("", _tiles(train, held_out), "tiles"),

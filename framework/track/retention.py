@@ -134,7 +134,8 @@ def _verdict(events: Sequence[Record]) -> str:
     if not judged:
         return ""
     last = judged[-1]
-    mood = {"kept": "good", "infeasible": "bad"}.get(str(last["verdict"]), "open")
+    moods = {"kept": "good", "kept by interpolation": "good", "infeasible": "bad"}
+    mood = moods.get(str(last["verdict"]), "open")
     return parts.tile("forgetting budget", escape(str(last["verdict"])), str(last["message"]), mood)
 
 

@@ -240,26 +240,32 @@ class Retention:
         return self.looked != step and self.cadence.due(step)
 
     def look(self, step: int) -> list[Report]:
-        """Measure every stratum. Collective; alike on all ranks."""
+        """Measure every stratum and act on it. Collective; alike on all ranks."""
         self.looked = step
         if step == 0:  # the start model is the start model
-            now: dict[str, list[Score]] = {
-                name: [(*one, 0.0) for one in start["scores"]] for name, start in self._start.items()
-            }
+            self._take(
+                {name: [(*one, 0.0) for one in start["scores"]] for name, start in self._start.items()}
+            )
         else:
-            scores = self._score(self.probe.micros, self.objective)
-            now = {s.name: [scores[row] for row in s.rows] for s in self.probe.strata}
-        found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
-        self.latest = {name: change for name, change in found.items() if change is not None}
-        self.divergences = {name: moved for name in self.latest if (moved := diverged(now[name])) is not None}
+            self.measure()
         told, self._told = self._told, []
         if self.decide is None:
             return [*told, ("retain", self.line())]
         metrics, lines = self.decide(step, self.latest, self.noise, self.divergences)
         return [*told, ("retain", {**self.line(), **metrics}), *lines]
 
+    def measure(self) -> None:
+        """Measure every stratum as the engine is now, and do nothing about it. Collective."""
+        scores = self._score(self.probe.micros, self.objective)
+        self._take({s.name: [scores[row] for row in s.rows] for s in self.probe.strata})
+
+    def _take(self, now: Mapping[str, Sequence[Score]]) -> None:
+        found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
+        self.latest = {name: change for name, change in found.items() if change is not None}
+        self.divergences = {name: moved for name in self.latest if (moved := diverged(now[name])) is not None}
+
     def line(self) -> dict[str, float]:
-        """What the last look found, as metrics."""
+        """What was found last, as metrics."""
         line: dict[str, float] = {}
         for name, found in self.latest.items():
             line |= {
