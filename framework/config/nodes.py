@@ -164,6 +164,8 @@ class Replay(Node):
     fraction: Share
     scale: Annotated[float, Field(gt=0)] | None
     sequences: Positive | None
+    objective: Literal["text", "start"]
+    likeliest: Positive
     max_forgetting: Annotated[float, Field(gt=0)] | None
     unit: Literal["relative_loss", "kl"]
     most: Annotated[float, Field(gt=0)] | None
@@ -220,6 +222,13 @@ class Replay(Node):
                 f"a share of {self.fraction:g} of no data",
                 "sources to replay",
                 "'replay.sources=[{path: general.jsonl}]' or replay=none",
+            )
+        if self.objective == "start" and not self.sources:
+            raise refuse(
+                "replay.objective, replay.sources",
+                "what the start model says of the text replayed, and no text",
+                "sources to replay",
+                "'replay.sources=[{path: general.jsonl}]' or replay.objective=text",
             )
         if self.sources and self.fraction == 0 and self.scale is None:
             raise refuse(

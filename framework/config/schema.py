@@ -245,6 +245,13 @@ class Run(Node):
                 "a coefficient, since its losses are not of tokens to imitate",
                 "replay=term",
             )
+        if self.stage.name == "distill" and self.replay.objective == "start":
+            raise refuse(
+                "replay.objective, stage.name",
+                "replay that follows the start model in stage distill, where all text follows the teacher",
+                "one to follow",
+                "replay.objective=text",
+            )
         if self.stage.name == "reward" and self.replay.sources:
             raise refuse(
                 "replay.sources, stage.name",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.batch import Batch, Distribution, Outputs
-from framework.config import build, judging, vocabulary
+from framework.config import build, judging, remembering, vocabulary
 from framework.config.build import Inspected, Prepared
 from framework.config.stage import ONLINE, Correction, Distill, Grpo, OnPolicy, Ppo, Preference
 from framework.data import collate, pack, pairs, shared
@@ -52,7 +52,7 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
     stage: Stage
     match prepared.run.stage.name:
         case "sft":
-            stage = supervised(prepared, world)
+            stage = supervised(prepared, world, engine)
         case "distill":
             stage = _distillation(prepared, world)
         case "reward":
@@ -67,12 +67,12 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
     retention = _retention(prepared, world)
     if not (prepared.replay or retention):
         return stage
-    return Rehearsal(stage, replay=_replay(prepared, world), retention=retention)
+    return Rehearsal(stage, replay=_replay(prepared, world, engine), retention=retention)
 
 
-def supervised(prepared: Prepared, world: World) -> Supervised:
-    """Supervised fine-tuning."""
-    objective = TokenObjective(prepared.loss, [table.name for table in prepared.tables])
+def supervised(prepared: Prepared, world: World, engine: Engine) -> Supervised:
+    """Supervised fine-tuning. Collective: the start model may be asked."""
+    objective = remembering.mixed(prepared, world, engine)
     sets = held_out_sets(prepared, prepared.held_out, world)
     return Supervised(_loader(prepared, world), objective, sets, TokenObjective(prepared.loss))
 
@@ -141,7 +141,7 @@ def _loader(prepared: Prepared, world: World, **kinds: Any) -> Loader:
     return Loader(prepared.tables, prepared.mixture, sequences=sequences, **cut, **kinds)
 
 
-def _replay(prepared: Prepared, world: World) -> Replay | None:
+def _replay(prepared: Prepared, world: World, engine: Engine) -> Replay | None:
     """General text as a term of its own."""
     chosen = prepared.run.replay
     if chosen.scale is None:
@@ -149,7 +149,7 @@ def _replay(prepared: Prepared, world: World) -> Replay | None:
     assert chosen.sequences is not None  # the schema: both or none
     mixture = Mixture(build.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
     loader = Loader(prepared.replay, mixture, sequences=chosen.sequences, **cut_of(prepared, world)._asdict())
-    return Replay(loader, TokenObjective(token_losses.sft), chosen.scale)
+    return Replay(loader, remembering.alone(prepared, world, engine), chosen.scale)
 
 
 def _retention(prepared: Prepared, world: World) -> Mapping[str, Term]:

@@ -50,6 +50,13 @@ def loss(run: Run) -> Callable[..., Any]:
         raise ConfigError(f"{given}: {node.target} refuses: {error}") from error
     if offer is None:
         raise _misfit(function, node, name, sorted(wanted))
+    beside = sorted(wanted - {"logps", "weight"})
+    if name == "sft" and run.replay.objective == "start" and beside:
+        raise ConfigError(
+            f"replay.objective, loss: {given} asks for {', '.join(beside)} beside the start model's answers; "
+            "expected a loss of log-probabilities alone; type loss=sft loss.label_smoothing=0 or "
+            "replay.objective=text"
+        )
     if not isinstance(items, Items):
         raise ConfigError(f"loss._target_: {node.target} returned {type(items).__name__}; expected Items")
     return bound

@@ -1,7 +1,7 @@
 """Numbers per trained token on disk, found again by the content of a segment. Knows no model.
 
     <fingerprint>/keys-0.bin     two 64-bit words for each of n segments that rank 0 asked for
-                  lengths-0.bin  [n] int32, numbers of each
+                  lengths-0.bin  [n] int32, numbers of each: as many for each of its trained tokens
                   values-0.bin   [sum of lengths] fp32
                   manifest.json  size and hash of every file
 
@@ -109,7 +109,7 @@ def whole(directory: Path, *, world: World) -> bool:
 
 
 def write(directory: Path, answers: Iterable[tuple[Batch, Tensor]], *, world: World) -> None:
-    """Make `directory` from (batch, values [K]) pairs of this rank. Collective.
+    """Make `directory` from (batch, values [K] or [K, w]) pairs of this rank. Collective.
 
     What is there already is damaged and removed. Where two runs make the same columns at the same time, those
     of the first to end are kept. Raises CheckpointError on
@@ -164,8 +164,8 @@ class _Writer:
                 if key.tobytes() not in self._seen:
                     self._seen.add(key.tobytes())
                     self._put("keys", key)
-                    self._put("lengths", np.array([len(part)]))
-                    self._put("values", part.numpy())
+                    self._put("lengths", np.array([part.numel()]))
+                    self._put("values", part.flatten().numpy())
         except OSError as error:
             self.problem = str(error)
 

@@ -6,13 +6,13 @@ the one global token mean.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from framework.batch import Batch
+from framework.losses.inputs import inputs
 from framework.losses.items import Items, Objective
 from framework.stages.base import Term
 
@@ -55,16 +55,14 @@ class TokenObjective:
     def __init__(self, loss: Callable[..., Items], sources: Sequence[str] = ()) -> None:
         self.loss = loss
         self.sources = sources
-        wanted = set(inspect.signature(loss).parameters)
-        self.takes_weight = "weight" in wanted
-        self.needs = frozenset(wanted & set(COMPUTED))
+        self.needs = inputs(loss) & frozenset(COMPUTED)
 
     def __call__(self, engine: Any, batch: Batch) -> Items:
         batch = batch.to(engine.world.device)
         outputs = engine(batch, needs=self.needs)
-        inputs = {"logps": outputs.logps, "weight": batch.weights}
-        inputs |= {name: getattr(outputs, name) for name in self.needs}
-        return by_source(self.loss(**inputs), batch, self.sources)
+        given = {"logps": outputs.logps, "weight": batch.weights}
+        given |= {name: getattr(outputs, name) for name in self.needs}
+        return by_source(self.loss(**given), batch, self.sources)
 
 
 def by_source(items: Items, batch: Batch, sources: Sequence[str]) -> Items:

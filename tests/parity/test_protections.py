@@ -144,3 +144,33 @@ def test_an_adapter_goes_back_by_what_it_adds(data, tiny_model_dir):
         learnt = b.view(shape) @ a.view(wide)
         assert torch.allclose(weights[name] @ weights[inner], SHARE * learnt, atol=1e-9, rtol=1e-5)
         assert float(learnt.abs().max()) > 0
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp", 2), ("zero3", 2)])
+def test_replay_that_follows_the_start_model_is_the_same_everywhere(strategy, size, data, tiny_model_dir):
+    """And it begins with a divergence of 0: the loss of the first step is that of the own rows alone."""
+    general = recipes.write_rows(data.parent / "general.jsonl", rows=30, seed=1)
+    asked = {"replay": "start", "replay__sources": f"[{{path: {general}, name: general}}]"}
+    one, other = (
+        workers.run(
+            ranks,
+            recipes.train,
+            recipes.overrides(
+                tiny_model_dir, data, data.parent, strategy=name, replay__fraction=0.4, **asked
+            ),
+            steps=4,
+            timeout_s=120,
+        )
+        for ranks, name in ((1, "ddp"), (size, strategy))
+    )
+    assert other[0]["losses"] == pytest.approx(one[0]["losses"], rel=1e-4)
+    text = workers.run(
+        1,
+        recipes.train,
+        recipes.overrides(
+            tiny_model_dir, data, data.parent, replay__fraction=0.4, **{**asked, "replay": "fixed"}
+        ),
+        steps=1,
+        timeout_s=120,
+    )
+    assert one[0]["losses"][0] < 0.8 * text[0]["losses"][0]

@@ -1,0 +1,72 @@
+"""What the start model is asked of the text that is replayed, before training, and where that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from framework.batch import Distribution
+from framework.config import build, stages
+from framework.config.build import Prepared
+from framework.data import cache
+from framework.data.loader import SUPERVISED
+from framework.losses import sft as token_losses
+from framework.stages import remembered
+from framework.stages.sft import TokenObjective
+from framework.strategy.base import Engine, World
+
+
+def mixed(prepared: Prepared, world: World, engine: Engine) -> Any:
+    """The objective of supervised rows, of which replayed ones follow the start model if that was asked."""
+    names = [table.name for table in prepared.tables]
+    chosen = prepared.run.replay
+    if chosen.objective == "text":
+        return TokenObjective(prepared.loss, names)
+    first = len(prepared.run.data.train)
+    rows = [
+        (source, row) for source in range(first, len(names)) for row in range(len(prepared.tables[source]))
+    ]
+    if chosen.max_forgetting is None:  # else any row may be wanted
+        total = prepared.steps * prepared.run.batch.sequences
+        picked = {(pick.source, pick.row) for pick in prepared.mixture.picks(0, total)}
+        rows = [where for where in rows if where in picked]
+    memory = _memory(prepared, world, engine, prepared.tables, rows, sources=range(first, len(names)))
+    return remembered.TowardsStart(prepared.loss, memory, names)
+
+
+def alone(prepared: Prepared, world: World, engine: Engine) -> Any:
+    """The objective of replay that is a term of its own."""
+    if prepared.run.replay.objective == "text":
+        return TokenObjective(token_losses.sft)
+    rows = [(source, row) for source, table in enumerate(prepared.replay) for row in range(len(table))]
+    memory = _memory(prepared, world, engine, prepared.replay, rows, sources=None)
+    return remembered.TowardsStart(partial(token_losses.sft), memory)
+
+
+def _memory(
+    prepared: Prepared,
+    world: World,
+    engine: Engine,
+    tables: Sequence[Any],
+    rows: Sequence[tuple[int, int]],
+    *,
+    sources: Any,
+) -> remembered.Memory:
+    run, vocabulary = prepared.run, prepared.description.vocab_size
+    asked = Distribution(
+        vocabulary=vocabulary, temperature=1.0, likeliest=min(run.replay.likeliest, vocabulary)
+    )
+    identity = {
+        "what": "likeliest tokens",
+        "model": prepared.description.fingerprint,
+        "seed": run.seed if run.model.init == "random" else None,
+        "tables": [table.fingerprint for table in tables],
+        "rows": cache.fingerprint({"rows": [list(where) for where in rows]}),
+        "precision": run.precision,
+        "attention": build.attention_of(prepared, world.device),
+    }
+    micros = stages.cut_of(prepared, world).step(tables, rows, SUPERVISED, None).micros
+    where = Path(run.data.cache_dir) / "start"
+    return remembered.remember(where, identity, micros, engine, asked, sources)
