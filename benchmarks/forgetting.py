@@ -1,12 +1,12 @@
 """What each protection keeps and costs, in a world of twelve letters where an arm takes seconds.
 
-    python benchmarks/forgetting.py                              # all arms, three seeds: about fifteen minutes
+    python benchmarks/forgetting.py                      # all arms, three seeds: about half an hour
     python benchmarks/forgetting.py --arms none,replay-10 --seeds 0 --out /tmp/x.json
 
-A model of 150k parameters learns three skills and forty facts, then a cipher (tests/train/characters.py). An arm
-is one way of learning the cipher: what is left of the skills (accuracy of whole answers), of the facts that no
-replay holds, and whether the cipher is learnt. Each seed has a start of its own. What was run already is kept in
-the file of results, so that a run that was stopped goes on.
+A model of 150k parameters learns three skills and forty facts, then a cipher (tests/train/characters.py). An
+arm is one way of learning the cipher: what is left of the skills (accuracy of whole answers), of the facts
+that no replay holds, and whether the cipher is learnt. Each seed has a start of its own. What was run already
+is kept in the file of results, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from framework.config.work import work
 
 REPLAY = "replay.sources=[{path: REPLAY, name: replay}]"
 COMMON = (
-    "launch.device=cpu launch.threads=1 precision=fp32 data.max_length=32 data.packing=false batch.sequences=64 "
-    "batch.tokens_per_micro=2048 tracker.console=none tracker.report=false evaluate.samples=0 retain=none "
-    "optim.betas=[0.9,0.98]"
+    "launch.device=cpu launch.threads=1 precision=fp32 data.max_length=32 data.packing=false "
+    "batch.sequences=64 batch.tokens_per_micro=2048 tracker.console=none tracker.report=false "
+    "evaluate.samples=0 retain=none optim.betas=[0.9,0.98]"
 ).split()
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # of perplexity on the skills
 
