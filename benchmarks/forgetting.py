@@ -46,6 +46,8 @@ ARMS: dict[str, list[str]] = {
     **{f"ewc-{c}": ["protect=ewc", f"protect.pull={c}", f"protect.{REPLAY[7:]}"] for c in (3, 10, 30)},
     "lr-10th": ["protect=low_rate"],
     "lora": ["adapter=lora", "adapter.rank=8", "optim.lr=5e-3"],
+    "stm": ["loss=stm"],
+    "flow": ["loss=flow"],
     "freeze": ["protect=freeze"],
     "average": ["protect=average"],
     "interpolate-0.1": ["protect=interpolate", "replay.max_forgetting=0.1"],

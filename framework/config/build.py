@@ -88,6 +88,8 @@ class Prepared(Inspected):
         if run.replay.max_forgetting is not None and self.probes is not None:
             identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources"})
             identity["probes"] = self.probes.identity
+        if run.replay.objective == "start":
+            identity["replay"] = run.replay.model_dump(mode="json", include={"objective", "likeliest"})
         if (protect := run.protect).chosen:  # what comes after the last step may still change
             identity["protect"] = protect.model_dump(mode="json", exclude={"sources", "interpolate"})
             identity["important"] = [table.fingerprint for table in self.important]

@@ -24,6 +24,7 @@ from framework.stages.base import Stage
 from framework.stages.sft import TokenObjective
 from framework.strategy.base import Engine, World
 from framework.track.base import Tracker
+from framework.train.balance import Balance
 from framework.train.evaluate import evaluate
 from framework.train.fisher import fisher
 from framework.train.interpolate import GRID, Line, largest
@@ -52,7 +53,8 @@ class Protection:
     """
 
     def __init__(self, prepared: Prepared, world: World, engine: Engine, *, resumed: bool) -> None:
-        self.prepared, self.engine = prepared, engine
+        self.prepared, self.engine, replay = prepared, engine, prepared.run.replay
+        self.scale = Balance(engine, every=replay.measure_every) if replay.scale_by == "gradient" else None
         asked = prepared.run.protect
         self._start: Values = {}
         if asked.interpolate is not None:

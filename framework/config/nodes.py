@@ -163,6 +163,8 @@ class Replay(Node):
     sources: tuple[Source, ...]
     fraction: Share
     scale: Annotated[float, Field(gt=0)] | None
+    scale_by: Literal["raw", "gradient"]
+    measure_every: Positive
     sequences: Positive | None
     objective: Literal["text", "start"]
     likeliest: Positive
@@ -208,6 +210,20 @@ class Replay(Node):
                 "one of them without the other",
                 "a coefficient and examples per step, or neither",
                 "replay=term",
+            )
+        if self.scale_by == "gradient" and self.scale is None:
+            raise refuse(
+                "replay.scale_by, replay.scale",
+                "a share of the gradient's norm, and no loss of replay's own that could have it",
+                "a coefficient and examples per step, in stages that do not imitate",
+                "replay=gradient or replay.scale_by=raw",
+            )
+        if self.scale_by == "gradient" and self.objective == "start":
+            raise refuse(
+                "replay.scale_by, replay.objective",
+                "a share of the gradient's norm for a divergence from the start, whose gradient begins at 0",
+                "one of the two",
+                "replay.objective=text or replay.scale_by=raw",
             )
         if self.scale is not None and not self.sources:
             raise refuse(

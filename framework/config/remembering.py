@@ -9,12 +9,16 @@ from typing import Any
 
 from framework.batch import Distribution
 from framework.config import build, stages
-from framework.config.build import Prepared
-from framework.data import cache
+from framework.config.build import Inspected, Prepared
+from framework.data import cache, loader
 from framework.data.loader import SUPERVISED
 from framework.losses import sft as token_losses
+from framework.losses.inputs import inputs
 from framework.stages import remembered
+from framework.stages.coupling import policy_logps
+from framework.stages.reference import Reference, cached
 from framework.stages.sft import TokenObjective
+from framework.stages.started import STARTED, StartedObjective, scale_of
 from framework.strategy.base import Engine, World
 
 
@@ -22,9 +26,11 @@ def mixed(prepared: Prepared, world: World, engine: Engine) -> Any:
     """The objective of supervised rows, of which replayed ones follow the start model if that was asked."""
     names = [table.name for table in prepared.tables]
     chosen = prepared.run.replay
+    first = len(prepared.run.data.train)
+    if inputs(prepared.loss) & set(STARTED):
+        return _started(prepared, world, engine, names, first)
     if chosen.objective == "text":
         return TokenObjective(prepared.loss, names)
-    first = len(prepared.run.data.train)
     rows = [
         (source, row) for source in range(first, len(names)) for row in range(len(prepared.tables[source]))
     ]
@@ -34,6 +40,29 @@ def mixed(prepared: Prepared, world: World, engine: Engine) -> Any:
         rows = [where for where in rows if where in picked]
     memory = _memory(prepared, world, engine, prepared.tables, rows, sources=range(first, len(names)))
     return remembered.TowardsStart(prepared.loss, memory, names)
+
+
+def held_out(prepared: Inspected) -> Any:
+    """The objective of held-out rows, which nobody asks the start model about."""
+    asks = inputs(prepared.loss) & set(STARTED)
+    return TokenObjective(token_losses.sft if asks else prepared.loss)
+
+
+def _started(
+    prepared: Prepared, world: World, engine: Engine, names: Sequence[str], first: int
+) -> StartedObjective:
+    """The start model's log-probability of every trained token, kept on disk."""
+    micros = [
+        batch
+        for table in prepared.tables
+        for batch in loader.held_out(table, **stages.cut_of(prepared, world)._asdict())
+    ]
+    identity = {"what": "trained tokens", **_start(prepared, world, prepared.tables)}
+    ask: Reference = partial(policy_logps, engine)
+    where = Path(prepared.run.data.cache_dir) / "start"
+    start = cached(where, identity, micros, ask=ask, world=world)
+    scale = scale_of(start, micros, world) if "sample_weights" in inputs(prepared.loss) else (1.0, 1.0)
+    return StartedObjective(prepared.loss, start, scale, own=first, sources=names)
 
 
 def alone(prepared: Prepared, world: World, engine: Engine) -> Any:
@@ -60,13 +89,21 @@ def _memory(
     )
     identity = {
         "what": "likeliest tokens",
-        "model": prepared.description.fingerprint,
-        "seed": run.seed if run.model.init == "random" else None,
-        "tables": [table.fingerprint for table in tables],
         "rows": cache.fingerprint({"rows": [list(where) for where in rows]}),
-        "precision": run.precision,
-        "attention": build.attention_of(prepared, world.device),
+        **_start(prepared, world, tables),
     }
     micros = stages.cut_of(prepared, world).step(tables, rows, SUPERVISED, None).micros
     where = Path(run.data.cache_dir) / "start"
     return remembered.remember(where, identity, micros, engine, asked, sources)
+
+
+def _start(prepared: Prepared, world: World, tables: Sequence[Any]) -> dict[str, Any]:
+    """What decides the start model's answers."""
+    run = prepared.run
+    return {
+        "model": prepared.description.fingerprint,
+        "seed": run.seed if run.model.init == "random" else None,
+        "tables": [table.fingerprint for table in tables],
+        "precision": run.precision,
+        "attention": build.attention_of(prepared, world.device),
+    }

@@ -74,7 +74,7 @@ def supervised(prepared: Prepared, world: World, engine: Engine) -> Supervised:
     """Supervised fine-tuning. Collective: the start model may be asked."""
     objective = remembering.mixed(prepared, world, engine)
     sets = held_out_sets(prepared, prepared.held_out, world)
-    return Supervised(_loader(prepared, world), objective, sets, TokenObjective(prepared.loss))
+    return Supervised(_loader(prepared, world), objective, sets, remembering.held_out(prepared))
 
 
 def _distillation(prepared: Prepared, world: World) -> Distillation:
@@ -149,7 +149,9 @@ def _replay(prepared: Prepared, world: World, engine: Engine) -> Replay | None:
     assert chosen.sequences is not None  # the schema: both or none
     mixture = Mixture(build.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
     loader = Loader(prepared.replay, mixture, sequences=chosen.sequences, **cut_of(prepared, world)._asdict())
-    return Replay(loader, remembering.alone(prepared, world, engine), chosen.scale)
+    return Replay(
+        loader, remembering.alone(prepared, world, engine), chosen.scale, chosen.scale_by == "gradient"
+    )
 
 
 def _retention(prepared: Prepared, world: World) -> Mapping[str, Term]:

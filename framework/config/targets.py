@@ -132,7 +132,7 @@ def _offers(stage: str) -> list[_Offer]:
     import torch
 
     from framework.losses.answers import Answers
-    from framework.stages import distill, preference, reward, sft, unpaired
+    from framework.stages import distill, preference, reward, sft, started, unpaired
     from framework.stages.policy_objective import OFFERED
 
     ones, nats = torch.ones(2), -torch.ones(2)
@@ -140,7 +140,8 @@ def _offers(stage: str) -> list[_Offer]:
     match stage:
         case "sft":
             computed = ("logps", *sft.COMPUTED)
-            return [_Offer(dict.fromkeys(computed, nats) | {"weight": ones}, computed)]
+            known = {"weight": ones, **dict.fromkeys(started.STARTED, -nats)}
+            return [_Offer(dict.fromkeys(computed, nats) | known, computed)]
         case "distill":
             even = torch.full((2, 3), 1 / 3).log()
             offered = dict.fromkeys(distill.INPUTS, even) | {"weight": ones}

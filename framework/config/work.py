@@ -11,7 +11,7 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, finish, judging, record, retention, shortage, speed, stages
+from framework.config import build, finish, judging, record, remembering, retention, shortage, speed, stages
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
@@ -21,7 +21,6 @@ from framework.models.actor_critic import POLICY, part
 from framework.models.export import export
 from framework.rollout.hf import complete
 from framework.stages.base import Term
-from framework.stages.sft import TokenObjective
 from framework.strategy.base import Engine, World
 from framework.strategy.world import connect
 from framework.track.base import Tracker
@@ -233,6 +232,7 @@ def _train(
         assess=assess,
         watch=watch,
         speed=Speed(speed.cost_of(prepared), speed.peak_of(prepared.run, world.device)),
+        scale=protection.scale,
     )
     told: dict[str, Any] = {}
     if result.status == "done":
@@ -256,7 +256,7 @@ def _measure(prepared: Inspected, world: World, checkpoint: Path) -> tuple[int, 
     else:
         tables = build.read_tables(prepared, run.data.eval)
         sets = stages.held_out_sets(prepared, tables, world)
-        objective = TokenObjective(prepared.loss)
+        objective = remembering.held_out(prepared)
         terms = {name: Term(objective, micros) for name, micros in sets.items()}
     engine.load_state_dict(found.updates, found.read)
     metrics = evaluate(engine, terms)

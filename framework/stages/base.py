@@ -21,6 +21,7 @@ class Term:
     objective: Objective
     micros: Sequence[Batch]  # this rank's share; the same number on every rank
     scale: float = 1.0
+    share: float | None = None  # of the norm of the other terms' gradient: what `scale` is to amount to
     name: str = ""  # of a term beside the stage's own; its metrics are reported as "<name>/<metric>"
     stats: Mapping[str, float] = field(default_factory=dict)  # of the global step, alike on all ranks
 

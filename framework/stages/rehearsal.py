@@ -24,6 +24,7 @@ class Replay:
     loader: Loader
     objective: Objective
     scale: float  # coefficient of its token mean beside the stage's loss
+    by_gradient: bool = False  # or what its gradient amounts to beside that of the stage's loss
 
 
 class Rehearsal:
@@ -39,7 +40,10 @@ class Rehearsal:
         if self.replay is not None:
             taken = self.replay.loader.next()
             stats = {f"replay_{name}": taken.stats[name] for name in REPORTED}
-            terms.append(Term(self.replay.objective, taken.micros, self.scale, name="replay", stats=stats))
+            share = self.scale if self.replay.by_gradient else None
+            terms.append(
+                Term(self.replay.objective, taken.micros, self.scale, share=share, name="replay", stats=stats)
+            )
         return terms
 
     @property

@@ -100,6 +100,10 @@ class Engine(Protocol):
     world: World
     trained: Mapping[str, tuple[int, ...]]  # names and whole shapes of what is trained
 
+    @property
+    def updates(self) -> int:
+        """Updates applied so far: skipped ones are not counted."""
+
     def micro(self, *, last: bool) -> AbstractContextManager[None]:
         """Wraps forward and backward of one micro-batch; `last` ends the optimizer step."""
 

@@ -81,6 +81,10 @@ class DdpEngine:
         self._buckets = Buckets(world, self._weights)
         self._updates = 0
 
+    @property
+    def updates(self) -> int:
+        return self._updates
+
     @contextlib.contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:
         if last:

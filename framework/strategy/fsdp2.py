@@ -178,6 +178,10 @@ class FsdpEngine:
         self._optimizer = common.optimizer_over(optimizer, self._parts)
         self._updates = 0
 
+    @property
+    def updates(self) -> int:
+        return self._updates
+
     @contextlib.contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:
         if self._gathered_per_step:

@@ -140,6 +140,10 @@ class ZeroEngine:
                 begin = piece.start - first
                 piece.of(piece.flat).copy_(values[begin : begin + piece.length])
 
+    @property
+    def updates(self) -> int:
+        return self._updates
+
     @contextlib.contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:
         with keeping_parameters() if self._stage == 3 else contextlib.nullcontext():

@@ -144,6 +144,10 @@ class Protected:
 
     # ----- as the engine does it
 
+    @property
+    def updates(self) -> int:
+        return self.engine.updates
+
     def micro(self, *, last: bool) -> AbstractContextManager[None]:
         return self.engine.micro(last=last)
 

@@ -78,6 +78,20 @@ class Watch(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+class Scale(Protocol):
+    """Finds the scales of terms that ask for a share of the gradient. Collective; alike on all ranks."""
+
+    def __call__(self, terms: Sequence[Term], *, seed: int, step: int) -> Sequence[Term]:
+        """The terms of a step with scales to train by."""
+
+    def line(self) -> Mapping[str, float]:
+        """Metrics for the training line."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """When things happen, in optimizer steps. 0 = never."""
@@ -160,12 +174,13 @@ def train(
     assess: Assess | None = None,
     watch: Watch | None = None,
     speed: Speed | None = None,
+    scale: Scale | None = None,
 ) -> Result:
     """Train until `plan.steps` or until `stop`, from the start or from `resume`.
 
     `assess` measures what no held-out loss says, whenever held-out losses are measured; `watch` has a cadence
-    of its own; `speed` makes lines tell how much of the device is used. Checkpoints wait for a stage that is
-    in the middle of something, and so does a stop.
+    of its own; `scale` finds coefficients that were not given; `speed` makes lines tell how much of the device
+    is used. Checkpoints wait for a stage that is in the middle of something, and so does a stop.
 
     Collective. Returns "interrupted" after a checkpoint at the last whole step, or "done". Raises
     SapwoodError when `plan.max_skipped` steps in a row had a gradient that is not finite.
@@ -180,6 +195,8 @@ def train(
         stage.load_state_dict(resume.state["stage"])
         progress = Progress(**resume.state["progress"])
         metrics = dict(resume.state["metrics"])
+        if scale is not None:
+            scale.load_state_dict(resume.state["scale"])
     began = time.perf_counter() - progress.seconds
     saved_at = progress.step if resume is not None else -1
 
@@ -210,6 +227,8 @@ def train(
         state = {"stage": stage.state_dict(), "progress": asdict(progress), "metrics": metrics}
         if watch is not None:
             state["watch"] = watch.state_dict()
+        if scale is not None:
+            state["scale"] = scale.state_dict()
         try:
             path = checkpoints.save(progress.step, engine.state_dict(), state)
         except CheckpointError as error:
@@ -242,6 +261,8 @@ def train(
         rate = learning_rate(step)
         terms = stage.next(step)
         report(stage.reports())
+        if scale is not None:
+            terms = scale(terms, seed=plan.seed, step=step)
         accumulate(engine, terms, seed=plan.seed, step=step, meter=meter)
         norm = engine.step(lr=rate, max_grad_norm=plan.max_grad_norm)
 
@@ -255,6 +276,7 @@ def train(
         last = progress.step == plan.steps
         if last or _due(progress.step, plan.log_every):
             line = meter.line() | {"grad_norm": norm, "lr": rate, "skipped": progress.skipped}
+            line |= {} if scale is None else scale.line()
             tracker.log("train", line, step=progress.step)
         if progress.skipped_in_a_row > plan.max_skipped > 0:
             raise SapwoodError(

@@ -16,6 +16,7 @@ WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.
 def steering(*, steps=100, names=("chat", "code"), **changes):
     """(Steering, amounts it set)."""
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
+    asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
     asked |= dict(max_forgetting=0.02, unit="relative_loss", most=0.5, strata=None)
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
@@ -142,3 +143,33 @@ def test_a_budget_of_kl_goes_by_divergence_and_says_so():
     )
     _, ((_, line),) = look(steer, 100, changes(5.0), QUIET, changes(0.003, half=0.002))
     assert (line["verdict"], line["forgotten"]) == ("kept", pytest.approx(0.005))
+
+
+def test_a_budget_without_replay_is_judged_and_nothing_else():
+    steer, amounts = steering(sources=(), fraction=0.0, most=None)
+    steer.steer = None
+    assert look(steer, 0, changes(0.0), QUIET) == ({}, [])
+    assert look(steer, 70, changes(0.2), QUIET) == ({}, [])
+    metrics, ((_, line),) = look(steer, 100, changes(0.2), QUIET)
+    assert (metrics, amounts) == ({}, [])
+    assert (line["verdict"], line["mean_replay"]) == ("infeasible", 0.0)
+    assert "nothing was replayed" in line["message"]
+
+
+def test_a_point_on_the_way_back_is_judged_by_what_was_measured_there():
+    steer, _ = steering()
+    look(steer, 100, changes(0.2), QUIET)
+    assert not steer.keeps(changes(0.2), QUIET, {})
+    assert steer.keeps(changes(0.01), QUIET, {})
+    _, line = steer.judge(changes(0.01), QUIET, {}, share=0.4)
+    assert (line["verdict"], line["interpolated"]) == ("kept by interpolation", 0.4)
+    assert "2.00% kept by interpolating with the start weights by 0.4: chat" in line["message"]
+    assert "Without: forgetting budget of 2.00% infeasible" in line["message"]
+    assert steer.judged["forgotten"] == pytest.approx(math.expm1(0.011))
+
+
+def test_tuned_weights_that_are_handed_out_after_all_keep_their_verdict():
+    steer, _ = steering()
+    look(steer, 100, changes(0.2), QUIET)
+    _, line = steer.judge(changes(0.2), QUIET, {}, share=1.0)
+    assert (line["verdict"], line["interpolated"]) == ("infeasible", 1.0)
