@@ -169,7 +169,8 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     named = _distinct([*train_tables, *replay_tables])
     asked = [*run.evaluate.prompts, *(held_out if online else ())]
     retention = text(run.evaluate.retention)
-    important = text(run.protect.sources) or (replay_tables if run.protect.importance == "fisher" else [])
+    fisher = run.protect.importance == "fisher"
+    important = (text(run.protect.sources) or replay_tables) if fisher else []
     steps = _steps(run, mixture, sum(map(len, train_tables)))
     return Prepared(
         **vars(inspected),

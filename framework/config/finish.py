@@ -74,7 +74,8 @@ class Protection:
     ) -> tuple[Result, dict[str, Any]]:
         """Put what is handed out into the engine: the result with its numbers, and more for result.json.
 
-        Collective. Lines of the kind `interpolate` show what each point on the way costs and keeps.
+        Collective. Lines of the kind `interpolate` show what each point on the way costs and keeps, and the
+        last ones of `eval` and `retain` are of what is handed out.
         """
         asked, step = self.prepared.run.protect, result.progress.step
         if asked.average is None and asked.interpolate is None:
@@ -88,8 +89,10 @@ class Protection:
         metrics = evaluate(self.engine, stage.held_out())
         if assess is not None:
             metrics |= assess(step)[0]
+        tracker.log("eval", metrics, step=step)
         if watch is not None:
             watch.measure()
+            tracker.log("retain", watch.line(), step=step)
             if isinstance(watch.decide, Steering):
                 found = watch.latest, watch.noise, watch.divergences
                 kind, line = watch.decide.judge(*found, share=share)

@@ -37,11 +37,4 @@ class Protect(Node):
                 "both or neither",
                 "protect=ewc or protect.importance=even",
             )
-        if self.sources and self.importance != "fisher":
-            raise refuse(
-                "protect.sources, protect.importance",
-                "text that says which weights matter, and weights that all matter alike",
-                "both or neither",
-                "protect=ewc or protect.sources=[]",
-            )
         return self

@@ -71,7 +71,7 @@ def chart(
             if math.isfinite(y):
                 at, up = place(x, y)
                 radius = 2.5 if len(points) <= 30 else 0
-                label = f"{escape(name)}, {over} {x:.6g}: {y:.6g}"
+                label = f"{escape(name)}, {over} {x:.10g}: {y:.6g}"
                 parts.append(f'<circle cx="{at:.1f}" cy="{up:.1f}" r="{radius}" style="fill:{colour}"/>')
                 parts.append(
                     f'<circle class="hit" cx="{at:.1f}" cy="{up:.1f}" r="7"><title>{label}</title></circle>'

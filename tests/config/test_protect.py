@@ -14,7 +14,6 @@ REFUSED = [
     ("protect=freeze adapter=lora", "protect.freeze, adapter", ["protect=low_rate"]),
     ("protect=ewc", "protect.importance, protect.sources", ["protect.sources=[{path: general.jsonl}]"]),
     ("protect.importance=fisher", "protect.importance, protect.pull", ["protect.importance=even"]),
-    ("protect.sources=[{path:x.jsonl}]", "protect.sources, protect.importance", ["protect.sources=[]"]),
     ("replay.max_forgetting=0.05", "nothing that could keep it", ["protect=interpolate"]),
     ("replay.objective=start", "replay.objective, replay.sources", ["replay.objective=text"]),
     ("replay.scale_by=gradient", "replay.scale_by, replay.scale", ["replay.scale_by=raw"]),

@@ -133,3 +133,30 @@ def test_facts_that_cannot_be_replayed_make_the_budget_infeasible(world):
     assert len(told) == 1
     assert told[0]["step"] < 150  # while there is time to do something
     assert kept["held"] >= 0.99
+
+
+def test_without_replay_a_budget_is_kept_by_going_back_and_the_way_is_shown(world):
+    """Between start and end there is some of the cipher and much of the skills: the budget decides."""
+    place, files = world
+    kept, result = arm(
+        world,
+        "interpolated",
+        "protect=interpolate",
+        "replay.max_forgetting=0.2",
+        f"data.eval=[{{path: {files['held']}, name: task}}]",
+        "tracker.report=true",
+    )
+    assert result["budget"]["verdict"] == "kept by interpolation"
+    x = result["interpolation"]["x"]
+    assert f"kept by interpolating with the start weights by {x:.4g}" in result["budget"]["message"]
+    assert 0.2 < x < 0.7
+    assert result["retention"]["skills"]["relative_high"] <= 0.2  # of what was handed out
+    assert kept["skills"] > 0.75
+    curve = {point["x"]: point for point in result["interpolation"]["curve"]}
+    assert curve[0.0]["skills/change"] == 0.0
+    assert curve[1.0]["skills/low"] > 2.0
+    assert curve[1.0]["task/loss"] < 0.1 < result["metrics"]["task/loss"] < curve[0.0]["task/loss"]
+    lines = [json.loads(line) for line in (place / "interpolated/metrics.jsonl").read_text().splitlines()]
+    assert {line["x"] for line in lines if line["kind"] == "interpolate"} == set(curve)
+    assert "Forgotten on the way back" in (place / "interpolated/report.html").read_text()
+    assert (place / "interpolated/checkpoints/step-000200").is_dir()  # the tuned weights
