@@ -89,7 +89,8 @@ class Protection:
         metrics = evaluate(self.engine, stage.held_out())
         if assess is not None:
             metrics |= assess(step)[0]
-        tracker.log("eval", metrics, step=step)
+        if metrics:
+            tracker.log("eval", metrics, step=step)
         if watch is not None:
             watch.measure()
             tracker.log("retain", watch.line(), step=step)

@@ -138,14 +138,9 @@ def test_facts_that_cannot_be_replayed_make_the_budget_infeasible(world):
 def test_without_replay_a_budget_is_kept_by_going_back_and_the_way_is_shown(world):
     """Between start and end there is some of the cipher and much of the skills: the budget decides."""
     place, files = world
-    kept, result = arm(
-        world,
-        "interpolated",
-        "protect=interpolate",
-        "replay.max_forgetting=0.2",
-        f"data.eval=[{{path: {files['held']}, name: task}}]",
-        "tracker.report=true",
-    )
+    asked = ["protect=interpolate", "replay.max_forgetting=0.2", "tracker.report=true"]
+    asked += [f"data.eval=[{{path: {files['held']}, name: task}}]"]
+    kept, result = arm(world, "interpolated", *asked)
     assert result["budget"]["verdict"] == "kept by interpolation"
     x = result["interpolation"]["x"]
     assert f"kept by interpolating with the start weights by {x:.4g}" in result["budget"]["message"]
@@ -160,3 +155,5 @@ def test_without_replay_a_budget_is_kept_by_going_back_and_the_way_is_shown(worl
     assert {line["x"] for line in lines if line["kind"] == "interpolate"} == set(curve)
     assert "Forgotten on the way back" in (place / "interpolated/report.html").read_text()
     assert (place / "interpolated/checkpoints/step-000200").is_dir()  # the tuned weights
+    again, repeated = arm(world, "interpolated", *asked)  # from the checkpoint, which nothing has changed
+    assert (again, repeated["interpolation"]) == (kept, result["interpolation"])
