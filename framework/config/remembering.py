@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from framework.batch import Distribution
-from framework.config import build, stages
+from framework.config import build
 from framework.config.build import Inspected, Prepared
 from framework.data import cache, loader
-from framework.data.loader import SUPERVISED
+from framework.data.loader import SUPERVISED, Cut
 from framework.losses import sft as token_losses
 from framework.losses.inputs import inputs
 from framework.stages import remembered
@@ -22,13 +23,13 @@ from framework.stages.started import STARTED, StartedObjective, scale_of
 from framework.strategy.base import Engine, World
 
 
-def mixed(prepared: Prepared, world: World, engine: Engine) -> Any:
+def mixed(prepared: Prepared, engine: Engine, cut: Cut) -> Any:
     """The objective of supervised rows, of which replayed ones follow the start model if that was asked."""
     names = [table.name for table in prepared.tables]
     chosen = prepared.run.replay
     first = len(prepared.run.data.train)
     if inputs(prepared.loss) & set(STARTED):
-        return _started(prepared, world, engine, names, first)
+        return _started(prepared, engine, cut, names, first)
     if chosen.objective == "text":
         return TokenObjective(prepared.loss, names)
     rows = [
@@ -38,7 +39,7 @@ def mixed(prepared: Prepared, world: World, engine: Engine) -> Any:
         total = prepared.steps * prepared.run.batch.sequences
         picked = {(pick.source, pick.row) for pick in prepared.mixture.picks(0, total)}
         rows = [where for where in rows if where in picked]
-    memory = _memory(prepared, world, engine, prepared.tables, rows, sources=range(first, len(names)))
+    memory = _memory(prepared, engine, cut, prepared.tables, rows, sources=range(first, len(names)))
     return remembered.TowardsStart(prepared.loss, memory, names)
 
 
@@ -49,35 +50,33 @@ def held_out(prepared: Inspected) -> Any:
 
 
 def _started(
-    prepared: Prepared, world: World, engine: Engine, names: Sequence[str], first: int
+    prepared: Prepared, engine: Engine, cut: Cut, names: Sequence[str], first: int
 ) -> StartedObjective:
     """The start model's log-probability of every trained token, kept on disk."""
-    micros = [
-        batch
-        for table in prepared.tables
-        for batch in loader.held_out(table, **stages.cut_of(prepared, world)._asdict())
-    ]
-    identity = {"what": "trained tokens", **_start(prepared, world, prepared.tables)}
+    by_table = [loader.held_out(table, **cut._asdict()) for table in prepared.tables]
+    identity = {"what": "trained tokens", **_start(prepared, engine.world, prepared.tables)}
     ask: Reference = partial(policy_logps, engine)
     where = Path(prepared.run.data.cache_dir) / "start"
-    start = cached(where, identity, micros, ask=ask, world=world)
-    scale = scale_of(start, micros, world) if "sample_weights" in inputs(prepared.loss) else (1.0, 1.0)
+    start = cached(where, identity, chain(*by_table), ask=ask, world=engine.world)
+    scale = (1.0, 1.0)
+    if "sample_weights" in inputs(prepared.loss):
+        scale = scale_of(start, chain(*by_table[:first]), engine.world)
     return StartedObjective(prepared.loss, start, scale, own=first, sources=names)
 
 
-def alone(prepared: Prepared, world: World, engine: Engine) -> Any:
+def alone(prepared: Prepared, engine: Engine, cut: Cut) -> Any:
     """The objective of replay that is a term of its own."""
     if prepared.run.replay.objective == "text":
         return TokenObjective(token_losses.sft)
     rows = [(source, row) for source, table in enumerate(prepared.replay) for row in range(len(table))]
-    memory = _memory(prepared, world, engine, prepared.replay, rows, sources=None)
+    memory = _memory(prepared, engine, cut, prepared.replay, rows, sources=None)
     return remembered.TowardsStart(partial(token_losses.sft), memory)
 
 
 def _memory(
     prepared: Prepared,
-    world: World,
     engine: Engine,
+    cut: Cut,
     tables: Sequence[Any],
     rows: Sequence[tuple[int, int]],
     *,
@@ -90,9 +89,9 @@ def _memory(
     identity = {
         "what": "likeliest tokens",
         "rows": cache.fingerprint({"rows": [list(where) for where in rows]}),
-        **_start(prepared, world, tables),
+        **_start(prepared, engine.world, tables),
     }
-    micros = stages.cut_of(prepared, world).step(tables, rows, SUPERVISED, None).micros
+    micros = cut.step(tables, rows, SUPERVISED, None).micros
     where = Path(run.data.cache_dir) / "start"
     return remembered.remember(where, identity, micros, engine, asked, sources)
 

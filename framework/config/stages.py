@@ -72,7 +72,7 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
 
 def supervised(prepared: Prepared, world: World, engine: Engine) -> Supervised:
     """Supervised fine-tuning. Collective: the start model may be asked."""
-    objective = remembering.mixed(prepared, world, engine)
+    objective = remembering.mixed(prepared, engine, cut_of(prepared, world))
     sets = held_out_sets(prepared, prepared.held_out, world)
     return Supervised(_loader(prepared, world), objective, sets, remembering.held_out(prepared))
 
@@ -150,7 +150,10 @@ def _replay(prepared: Prepared, world: World, engine: Engine) -> Replay | None:
     mixture = Mixture(build.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
     loader = Loader(prepared.replay, mixture, sequences=chosen.sequences, **cut_of(prepared, world)._asdict())
     return Replay(
-        loader, remembering.alone(prepared, world, engine), chosen.scale, chosen.scale_by == "gradient"
+        loader,
+        remembering.alone(prepared, engine, cut_of(prepared, world)),
+        chosen.scale,
+        chosen.scale_by == "gradient",
     )
 
 

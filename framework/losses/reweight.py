@@ -35,7 +35,7 @@ def flow(logps: Tensor, weight: Tensor, sample_weights: Tensor) -> Items:
     loss over the sample's trained tokens; here tau is the median of l over samples, and the mean of w over
     samples is 1. logps and sample_weights [K]; weight [K], 0 = not counted. The metric `nll` is without w.
     """
-    (logps,) = counted(weight, logps)
+    logps, sample_weights = counted(weight, logps, sample_weights)
     return Items(-sample_weights * logps, weight, {"nll": -logps.detach()})
 
 
