@@ -5,7 +5,7 @@ import recipes
 import torch
 import workers
 
-WORLDS = [("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2), ("fsdp_offload", 1)]
+WORLDS = [("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)]
 EWC = {"protect": "ewc", "protect__pull": 30, "protect__rows": 16}
 STEPS, SHARE = 4, 0.3
 
@@ -146,31 +146,29 @@ def test_an_adapter_goes_back_by_what_it_adds(data, tiny_model_dir):
         assert float(learnt.abs().max()) > 0
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp", 2), ("zero3", 2)])
-def test_replay_that_follows_the_start_model_is_the_same_everywhere(strategy, size, data, tiny_model_dir):
-    """And it begins with a divergence of 0: the loss of the first step is that of the own rows alone."""
+def following(data, model, **changes):
     general = recipes.write_rows(data.parent / "general.jsonl", rows=30, seed=1)
     asked = {"replay": "start", "replay__sources": f"[{{path: {general}, name: general}}]"}
-    one, other = (
-        workers.run(
-            ranks,
-            recipes.train,
-            recipes.overrides(
-                tiny_model_dir, data, data.parent, strategy=name, replay__fraction=0.4, **asked
-            ),
-            steps=4,
-            timeout_s=120,
-        )
-        for ranks, name in ((1, "ddp"), (size, strategy))
-    )
-    assert other[0]["losses"] == pytest.approx(one[0]["losses"], rel=1e-4)
+    return recipes.overrides(model, data, data.parent, replay__fraction=0.4, **{**asked, **changes})
+
+
+@pytest.fixture(scope="module")
+def followed(data, tiny_model_dir):
+    return workers.run(1, recipes.train, following(data, tiny_model_dir), steps=4, timeout_s=120)
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 2), ("zero3", 2)])
+def test_replay_that_follows_the_start_model_is_the_same_everywhere(
+    strategy, size, followed, data, tiny_model_dir
+):
+    asked = following(data, tiny_model_dir, strategy=strategy)
+    ranks = workers.run(size, recipes.train, asked, steps=4, timeout_s=120)
+    assert ranks[0]["losses"] == pytest.approx(followed[0]["losses"], rel=1e-4)
+
+
+def test_replay_that_follows_the_start_model_begins_with_a_divergence_of_zero(followed, data, tiny_model_dir):
+    """Of the first step's loss the share of the own rows is left, three fifths of what both cost as text."""
     text = workers.run(
-        1,
-        recipes.train,
-        recipes.overrides(
-            tiny_model_dir, data, data.parent, replay__fraction=0.4, **{**asked, "replay": "fixed"}
-        ),
-        steps=1,
-        timeout_s=120,
+        1, recipes.train, following(data, tiny_model_dir, replay="fixed"), steps=1, timeout_s=120
     )
-    assert one[0]["losses"][0] < 0.8 * text[0]["losses"][0]
+    assert 0.5 < followed[0]["losses"][0] / text[0]["losses"][0] < 0.7
