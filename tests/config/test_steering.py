@@ -20,7 +20,8 @@ def steering(*, steps=100, names=("chat", "code"), **changes):
     asked |= dict(max_forgetting=0.02, unit="relative_loss", most=0.5, strata=None)
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
-    return Steering(replay, names, amounts.append, WORLD, steps=steps), amounts
+    steer = amounts.append if replay.sources else None
+    return Steering(replay, names, steer, WORLD, steps=steps), amounts
 
 
 def changes(chat, code=0.0, half=0.001, rows=64):
@@ -147,7 +148,6 @@ def test_a_budget_of_kl_goes_by_divergence_and_says_so():
 
 def test_a_budget_without_replay_is_judged_and_nothing_else():
     steer, amounts = steering(sources=(), fraction=0.0, most=None)
-    steer.steer = None
     assert look(steer, 0, changes(0.0), QUIET) == ({}, [])
     assert look(steer, 70, changes(0.2), QUIET) == ({}, [])
     metrics, ((_, line),) = look(steer, 100, changes(0.2), QUIET)
