@@ -179,8 +179,8 @@ def train(
     """Train until `plan.steps` or until `stop`, from the start or from `resume`.
 
     `assess` measures what no held-out loss says, whenever held-out losses are measured; `watch` has a cadence
-    of its own; `scale` finds coefficients that were not given; `speed` makes lines tell how much of the device
-    is used. Checkpoints wait for a stage that is in the middle of something, and so does a stop.
+    of its own; `scale` finds coefficients that were not given; `speed` makes lines tell how much of the
+    device is used. Checkpoints wait for a stage that is in the middle of something, and so does a stop.
 
     Collective. Returns "interrupted" after a checkpoint at the last whole step, or "done". Raises
     SapwoodError when `plan.max_skipped` steps in a row had a gradient that is not finite.
