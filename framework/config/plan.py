@@ -112,12 +112,12 @@ def plan(
     shards = _shards(run, ranks)
     kept = getattr(run.strategy, "reshard_after_forward", True) is False
     cpu = device.type == "cpu"
-    held = footprint.trained(
-        run.strategy.name,
-        model.sizes,
-        shards,
-        **({"kept": kept, "several": micros > 1, "cpu": cpu} if "fsdp" in _family(run) else {}),
-    )
+    how: dict[str, Any] = {}
+    if _family(run) == "fsdp":
+        how = {"kept": kept, "several": micros > 1, "cpu": cpu}
+    elif run.strategy.name == "zeropp":
+        how = {"second": run.strategy.shard_size or run.launch.nproc}
+    held = footprint.trained(run.strategy.name, model.sizes, shards, **how)
     others = [
         footprint.frozen(
             run.strategy.name, _once(seen, ("frozen", d.path), lambda d=d: _sizes_of(d, run)), shards
@@ -354,7 +354,7 @@ def _sent(run: Run, ranks: int, micros: int, sizes: Sizes, gloo: bool) -> float:
             return wire.zero1(ranks, micros, load)
         case "zero2":
             return wire.zero2(ranks, micros, load)
-        case "zero3":
+        case "zero3" | "zero3_offload" | "zeropp":  # of zeropp the most: nothing rounded, one host
             return wire.zero3(ranks, micros, load, gloo=gloo)
         case _:
             return (wire.fsdp_kept if kept else wire.fsdp)(ranks, micros, load)

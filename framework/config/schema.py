@@ -132,13 +132,6 @@ class Run(Node):
                 "no noise",
                 "model.neftune_alpha=null",
             )
-        if self.model.compile != "none" and self.strategy.name == "zero3":
-            raise refuse(
-                "model.compile, strategy",
-                "compiled blocks under strategy=zero3, whose hooks on every layer leave nothing to compile",
-                "another strategy, or no compiler",
-                "strategy=fsdp or model.compile=none",
-            )
         rate = getattr(self.adapter, "dropout", 0.0)
         if rate > 0 and self.stage.name not in SUPERVISED:
             # noise in one of two passes over an answer would be taken for a preference
@@ -149,18 +142,10 @@ class Run(Node):
                 "no dropout",
                 "adapter.dropout=0",
             )
-        if self.adapter.kind == "dora" and (self.stage.name in ONLINE or self.evaluate.prompts):
-            raise refuse(
-                "adapter, stage.name" if self.stage.name in ONLINE else "adapter, evaluate.prompts",
-                "answers to be written while training, by a copy into which DoRA's lengths are not merged",
-                "another adapter",
-                "adapter=lora",
-            )
-        self._quantised()
         self._rehearsed()
         self._protected()
         self._online()
-        pairs.check(self.strategy, self.launch)
+        pairs.check(self)
         world_size = self.launch.nproc * self.launch.nnodes
         if world_size > self.batch.sequences:
             raise refuse(
@@ -170,26 +155,6 @@ class Run(Node):
                 f"batch.sequences={world_size}",
             )
         return self
-
-    def _quantised(self) -> None:
-        """What frozen weights in four bits rule out."""
-        if self.adapter.kind != "qlora":
-            return
-        another = getattr(self.stage, "reference_path", None)
-        if getattr(self.stage, "reference", None) == "frozen" and another is None:
-            raise refuse(
-                "adapter, stage.reference",
-                "a copy of the model in full as the start of what is held in 4 bits",
-                "the policy without its adapter",
-                "stage.reference=auto",
-            )
-        if self.model.compile != "none":
-            raise refuse(
-                "adapter, model.compile",
-                "compiled blocks of weights in 4 bits, which torch's compiler does not take",
-                "no compiler, or weights in full",
-                "model.compile=none or adapter=lora",
-            )
 
     def _fed(self) -> None:
         """Either sources or an environment to learn from."""

@@ -49,6 +49,9 @@ def _absolute(run: Run) -> Run:
         if (path := getattr(run.stage, key, None)) is not None
     }
     evaluate = {"retention": sources(run.evaluate.retention), "prompts": sources(run.evaluate.prompts)}
+    strategy = {}
+    if (directory := getattr(run.strategy, "nvme_path", None)) is not None:
+        strategy["nvme_path"] = str(Path(directory).expanduser().absolute())
     reward = {} if run.reward.model is None else {"model": local(run.reward.model)}
     data = {
         "train": sources(run.data.train),
@@ -61,6 +64,7 @@ def _absolute(run: Run) -> Run:
             "model": run.model.model_copy(update=model),
             "stage": run.stage.model_copy(update=stage),
             "reward": run.reward.model_copy(update=reward),
+            "strategy": run.strategy.model_copy(update=strategy),
             "evaluate": run.evaluate.model_copy(update=evaluate),
             "data": run.data.model_copy(update=data),
             "protect": run.protect.model_copy(update={"sources": sources(run.protect.sources)}),

@@ -99,6 +99,8 @@ def remedies(run: Run, device: torch.device) -> list[tuple[str, str]]:
         found.append(("strategy.reshard_after_forward=true", "drops gathered weights between passes"))
     elif device.type != "cpu" and run.strategy.name in ("ddp", "fsdp"):
         found.append(("strategy=fsdp_offload", "weights and optimizer wait in the host's memory"))
+    elif device.type != "cpu" and run.strategy.name == "zero3":
+        found.append(("strategy=zero3_offload", "the optimizer waits in the host's memory"))
     if device.type != "cpu" and not model.activation_offload:
         found.append(("model.activation_offload=true", "what blocks keep waits in the host's memory"))
     if run.stage.name in ONLINE and getattr(run.rollout, "batch_size", 1) > 1:

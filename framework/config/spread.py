@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from framework.config import pairs
 from framework.config import strategy as kinds
 from framework.config.blocks import blocks_of
 from framework.config.schema import Run
@@ -11,8 +13,12 @@ from framework.strategy.base import Strategy, World
 
 
 def build_strategy(run: Run, world: World) -> Strategy:
-    """How the model is spread. Each strategy's libraries are imported only when it is chosen."""
+    """How the model is spread. Each strategy's libraries are imported only when it is chosen.
+
+    Raises ConfigError for what the device of `world` cannot do.
+    """
     chosen = run.strategy
+    pairs.check_device(run, world.device.type)
     common: dict[str, Any] = {"precision": run.precision, "blocks": blocks_of(run, world.device)}
     match chosen:
         case kinds.Ddp():
@@ -33,3 +39,18 @@ def build_strategy(run: Run, world: World) -> Strategy:
             from framework.strategy.zero import Zero
 
             return Zero(world, stage=int(chosen.name[-1]), **common)
+        case kinds.Zero3Offload():
+            from framework.strategy.zero import Offload, Zero
+
+            directory = None if chosen.nvme_path is None else Path(chosen.nvme_path)
+            offload = Offload(chosen.optimizer, chosen.parameters, directory, pinned=chosen.pin_memory)
+            return Zero(world, options=offload, **common)
+        case kinds.ZeroPlusPlus():
+            from framework.strategy.zero import PlusPlus, Zero
+
+            less = PlusPlus(
+                shards=chosen.shard_size or "host",
+                quantized_weights=chosen.quantized_weights,
+                quantized_gradients=chosen.quantized_gradients,
+            )
+            return Zero(world, options=less, **common)

@@ -6,7 +6,7 @@ Masters, summed gradients and each of the two moments take 4 bytes an element th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FP32 = 4
@@ -56,9 +56,10 @@ class Footprint:
 
 def frozen(name: str, sizes: Sizes, ranks: int) -> Footprint:
     """Of a model that is only asked."""
-    if name in ("ddp", "zero1", "zero2") or (ranks == 1 and name != "fsdp_offload"):
+    if name in ("ddp", "zero1", "zero2") or (ranks == 1 and not name.endswith("offload")):
         return Footprint(sizes.every * sizes.weight_bytes, 0, 0, 0)
-    gathered = sizes.rest + IN_FLIGHT * sizes.block if name != "zero3" else min(sizes.every, DEEPSPEED_LIVE)
+    deepspeed = name.startswith("zero")
+    gathered = min(sizes.every, DEEPSPEED_LIVE) if deepspeed else sizes.rest + IN_FLIGHT * sizes.block
     weights = _share(sizes.every * sizes.weight_bytes, ranks)
     return Footprint(weights, 0, 0, 0, gathered * sizes.weight_bytes, on_host=name == "fsdp_offload")
 
@@ -67,12 +68,20 @@ def trained(name: str, sizes: Sizes, ranks: int, **how: Any) -> Footprint:
     """Of a model in training over `ranks` that share a copy, under the strategy of that name.
 
     `kept`, `several` and `cpu` are of FSDP: weights kept from pass to pass, more than one micro-batch a step,
-    and a reduction over gloo, which holds what it receives beside what it gives.
+    and a reduction over gloo, which holds what it receives beside what it gives. `second` is of zeropp: the
+    ranks that share a second copy of the weights.
     """
-    if ranks == 1 and name != "fsdp_offload":  # one rank has nothing to share
+    if ranks == 1 and not name.endswith("offload"):  # one rank has nothing to share
         return _ddp(sizes)
     if name == "ddp":
         return _ddp(sizes)
+    if name == "zero3_offload":  # its share of the weights may be on the device or not: counted there
+        held = _zero(3, sizes, ranks)
+        return replace(held, weights=0, gathered=held.gathered + held.weights, on_host=True)
+    if name == "zeropp":
+        held, second = _zero(3, sizes, ranks), how["second"]
+        copy = _share(sizes.weight_bytes * sizes.every, second) if second < ranks else 0
+        return replace(held, weights=held.weights + copy)
     if name.startswith("zero"):
         return _zero(int(name[-1]), sizes, ranks)
     return _fsdp(sizes, ranks, offload=name == "fsdp_offload", **how)

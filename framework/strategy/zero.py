@@ -9,10 +9,11 @@ limits, norms, counters and checkpoints are ours.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from framework.errors import SapwoodError
 from framework.strategy import common, zero_setup
 from framework.strategy.base import (
     FIRST,
@@ -40,6 +42,8 @@ from framework.strategy.ddp import Ddp
 from framework.strategy.frozen import Frozen
 from framework.strategy.linear import keeping_parameters
 from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
+from framework.strategy.world import form_group
+from framework.strategy.zero_options import Offload, PlusPlus
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,23 @@ class Zero:
 
     `stage` shards moments and masters (1), gradients too (2), weights too (3). `precision` is "fp32"
     or "bf16"; `blocks` says how blocks are computed. Every parameter that is trained must take part in
-    every micro-batch on all ranks or on none.
+    every micro-batch on all ranks or on none. `options` are of stage 3 alone.
 
-    One rank has nothing to shard: a world of one trains replicated (`Ddp`), with the same numbers.
-    `train` raises ConfigError when DeepSpeed is missing or too old.
+    One rank has nothing to shard: unless it offloads, a world of one trains replicated (`Ddp`), with the
+    same numbers. `train` raises ConfigError when DeepSpeed is missing or too old, or when this machine cannot
+    do what `options` ask for.
     """
 
     world: World
     stage: int = 3
     precision: str = "bf16"
     blocks: Blocks = PLAIN
+    options: Offload | PlusPlus | None = None
 
     def train(self, build: Build, weights: Weights, optimizer: OptimizerFactory) -> Engine:
-        if self.world.size == 1:
+        if self._alone:
             return Ddp(self.world, self.precision, self.blocks).train(build, weights, optimizer)
-        deepspeed, module, masters = self._spread(build, weights, train=True)
+        deepspeed, config, module, masters = self._spread(build, weights, train=True)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
         parts = {name: Part(shapes[name], 0, parameter, 0, 0) for name, parameter in trained.items()}
@@ -70,24 +76,31 @@ class Zero:
             deepspeed,
             module.train(),
             optimizer=common.optimizer_over(optimizer, parts),
-            config=zero_setup.deepspeed_config(stage=self.stage, precision=self.precision),
+            config=config,
         )
         zero_setup.measure_as_we_do(engine.optimizer, self.world)
         return ZeroEngine(self.world, self.stage, engine, trained, shapes, masters)
 
     def freeze(self, build: Build, weights: Weights) -> Frozen:
         """Sharded like trained weights under stage 3; whole on every rank under stages 1 and 2."""
-        if self.world.size == 1 or self.stage < 3:
+        if self._alone or self.stage < 3:
             return Ddp(self.world, self.precision).freeze(build, weights)
-        deepspeed, module, _ = self._spread(build, weights, train=False)
-        config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
+        deepspeed, config, module, _ = self._spread(build, weights, train=False)
         return ZeroFrozen(self.world, zero_setup.initialize(deepspeed, module, config=config))
 
-    def _spread(self, build: Build, weights: Weights, *, train: bool) -> tuple[Any, nn.Module, Any]:
-        """The package, the filled module, and what rounding took from the masters (see `_fill`)."""
+    @property
+    def _alone(self) -> bool:
+        return self.world.size == 1 and not isinstance(self.options, Offload)
+
+    def _spread(
+        self, build: Build, weights: Weights, *, train: bool
+    ) -> tuple[Any, dict[str, Any], nn.Module, Any]:
+        """The package, its configuration, the filled module, and what rounding took (see `_fill`)."""
         deepspeed = zero_setup.package(self.world)
-        config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision)
+        form_group(self.world)
         module = common.build_on_meta(build, self.world.device)
+        keys = {} if self.options is None else self.options.sections(module, self.world, train=train)
+        config = zero_setup.deepspeed_config(stage=self.stage, precision=self.precision, options=keys)
         if train:
             prepare_blocks(module, self.blocks)
         else:
@@ -95,21 +108,22 @@ class Zero:
         with zero_setup.silent():
             os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # `zero.Init` reads it
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-            shard = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else None
-        return deepspeed, module, _fill(self.world, module, weights, COMPUTE[self.precision], shard)
+            shard = zero_setup.sharding(deepspeed, config) if self.stage == 3 else None
+        masters = _fill(self.world, module, weights, COMPUTE[self.precision], shard)
+        return deepspeed, config, module, masters
 
 
 @dataclass(frozen=True)
 class Piece:
     """The part of one parameter that this rank owns, inside one of DeepSpeed's flat tensors."""
 
-    flat: Tensor  # [F] fp32 masters of many parameters; the optimizer's state is keyed by it
-    offset: int  # where the piece begins in `flat`
+    group: int  # which of the flat tensors: [F] fp32 masters of many parameters
+    offset: int  # where the piece begins in it
     start: int  # the same element's index in the flattened parameter
     length: int
 
     def of(self, values: Tensor) -> Tensor:
-        """The piece of `values`, [F] laid out like `flat`: a view."""
+        """The piece of `values`, [F] laid out like the flat tensor: a view."""
         return values.detach()[self.offset : self.offset + self.length]
 
 
@@ -131,14 +145,23 @@ class ZeroEngine:
         self._stage = stage
         self._engine = engine
         self._sharded = engine.optimizer
+        self._on_disk = getattr(self._sharded, "swap_optimizer", False)
+        self._ids = {name: getattr(parameter, "ds_id", -1) for name, parameter in parameters.items()}
         self._updates = 0
         weakref.finalize(self, zero_setup.destroy, engine).atexit = False
         find = self._piece_of_shard if stage == 3 else self._piece_of_partition
         self._pieces = {name: find(parameter) for name, parameter in parameters.items()}
-        for name, (first, values) in masters.items():
-            for piece in self._pieces[name]:
-                begin = piece.start - first
-                piece.of(piece.flat).copy_(values[begin : begin + piece.length])
+        # where the masters of each lie, also on a rank that owns none of them
+        self._groups: dict[str, int] = {}
+        if stage == 3:
+            place = self._sharded.grad_position
+            self._groups = {n: place[self._sharded.get_param_id(p)][0] for n, p in parameters.items()}
+        for group, names in self._by_group(masters):
+            with zero_setup.fetched(self._sharded, group):
+                for name, piece in names:
+                    first, values = masters[name]
+                    begin = piece.start - first
+                    piece.of(self._flats()[group]).copy_(values[begin : begin + piece.length])
 
     @property
     def updates(self) -> int:
@@ -163,11 +186,16 @@ class ZeroEngine:
         for group in self._sharded.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._sharded.clip_grad = max_grad_norm or 0.0
+        if self._on_disk:
+            self._expect_every_gradient()
         self._engine.step()
         if self._stage == 3:
             # Left as it is, a parameter that a later first micro-batch does not touch would get this
             # step's gradient again.
             self._sharded.grad_partitions_flat_buffer.zero_()
+            for flat in self._flats():
+                if flat.grad is not None:  # offloaded masters keep theirs
+                    flat.grad.zero_()
         self._updates += self._engine.was_step_applied()
         return float(self._engine.get_global_grad_norm())
 
@@ -178,65 +206,62 @@ class ZeroEngine:
         self._release()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            if name in self.trained:
-                yield name, self._whole(name)
-            elif self._stage == 3:
-                from deepspeed.runtime.zero import GatheredParameters
-
-                with GatheredParameters([parameter]):
-                    whole = parameter.detach().clone()
-                yield name, whole
-            else:
-                yield name, parameter.detach()
+        named = dict(self._engine.module.named_parameters())
+        order = list(named)
+        if self._on_disk:  # then every flat tensor is read once
+            order.sort(key=lambda name: self._groups.get(name, -1))
+        for group, names in itertools.groupby(order, key=lambda name: self._groups.get(name, -1)):
+            with zero_setup.fetched(self._sharded, group) if group >= 0 else contextlib.nullcontext():
+                for name in names:
+                    yield name, self._whole(name) if name in self.trained else self._frozen(named[name])
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Mapping[str, Sequence[Slice]]]:
-        yield {
-            name: [
-                Slice(piece.start, {w: piece.of(v) for w, v in self._state(piece.flat).items()})
-                for piece in pieces
-            ]
-            for name, pieces in self._pieces.items()
-        }
+        slices: dict[str, list[Slice]] = {name: [] for name in self.trained}
+        with contextlib.ExitStack() as fetched:
+            for group, names in self._by_group(self.trained):
+                state = fetched.enter_context(self._state(group))
+                for name, piece in names:
+                    values = {which: piece.of(flat) for which, flat in state.items()}
+                    slices[name].append(Slice(piece.start, values))
+            yield slices
         self._round()
 
     def state_dict(self) -> EngineState:
-        return EngineState(
-            updates=self._updates,
-            shards={
-                name: [
-                    Shard(
-                        shape=shape,
-                        start=piece.start,
-                        values={
-                            which: piece.of(values).to("cpu", copy=True)
-                            for which, values in self._state(piece.flat).items()
-                        },
-                    )
-                    for piece in self._pieces[name]
-                ]
-                for name, shape in self.trained.items()
-            },
-        )
+        shards: dict[str, list[Shard]] = {name: [] for name in self.trained}
+        for group, names in self._by_group(self.trained):
+            with self._state(group) as state:
+                for name, piece in names:
+                    copies = {which: piece.of(values).to("cpu", copy=True) for which, values in state.items()}
+                    shards[name].append(Shard(self.trained[name], piece.start, copies))
+        return EngineState(self._updates, shards)
 
     def load_state_dict(self, updates: int, read: Read) -> None:
-        for name, pieces in self._pieces.items():
-            for piece in pieces:
-                for which, values in self._state(piece.flat).items():
-                    piece.of(values).copy_(read(name, which, piece.start, piece.start + piece.length))
-        for flat in self._flats():
-            self._state(flat)  # a rank that owns none of a group's elements steps on padding
-            self._sharded.optimizer.state[flat]["step"].fill_(updates)
+        owned = dict(self._by_group(self.trained))
+        for group, flat in enumerate(self._flats()):  # one of which this rank owns nothing steps on padding
+            with self._state(group) as state:
+                for name, piece in owned.get(group, []):
+                    for which, values in state.items():
+                        read_here = read(name, which, piece.start, piece.start + piece.length)
+                        piece.of(values).copy_(read_here)
+                self._sharded.optimizer.state[flat]["step"].fill_(updates)
         self._updates = updates
         self._round()
+
+    def _by_group(self, names: Collection[str]) -> list[tuple[int, list[tuple[str, Piece]]]]:
+        """This rank's pieces of `names` by flat tensor, so that each is fetched once."""
+        found: dict[int, list[tuple[str, Piece]]] = {}
+        for name in names:
+            for piece in self._pieces[name]:
+                found.setdefault(piece.group, []).append((name, piece))
+        return list(found.items())
 
     def _piece_of_shard(self, parameter: Any) -> list[Piece]:
         """ZeRO-3 cuts every parameter into equal parts, the last one padded."""
         group, offset, size = self._sharded.grad_position[self._sharded.get_param_id(parameter)]
         start = self.world.rank * size
         length = min(size, parameter.ds_numel - start)
-        return [Piece(self._flats()[group], offset, start, length)] if length > 0 else []
+        return [Piece(group, offset, start, length)] if length > 0 else []
 
     def _piece_of_partition(self, parameter: Any) -> list[Piece]:
         """ZeRO-1 and 2 cut the concatenation of all parameters of a group into equal parts."""
@@ -244,8 +269,7 @@ class ZeroEngine:
         if mapping is None:
             return []
         inside, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-        flat = self._flats()[mapping.param_group_index]
-        return [Piece(flat, place.start, inside.start, inside.numel)]
+        return [Piece(mapping.param_group_index, place.start, inside.start, inside.numel)]
 
     def _flats(self) -> list[Tensor]:
         """This rank's share of the fp32 masters, one tensor [F] per group of parameters."""
@@ -255,14 +279,17 @@ class ZeroEngine:
             return self._sharded.fp32_groups_flat_partition
         return self._sharded.single_partition_of_fp32_groups
 
-    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _state(self, group: int) -> Iterator[dict[str, Tensor]]:
         """The masters [F] and AdamW's moments [F] of one flat tensor, made if no update was yet."""
-        state = self._sharded.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), device=flat.device)  # where a fused AdamW wants it
-            state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
-        return {MASTER: flat, FIRST: state["exp_avg"], SECOND: state["exp_avg_sq"]}
+        flat = self._flats()[group]
+        with zero_setup.fetched(self._sharded, group):
+            state = self._sharded.optimizer.state[flat]
+            if not state:
+                state["step"] = torch.zeros((), device=flat.device)  # where a fused AdamW wants it
+                state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
+            yield {MASTER: flat, FIRST: state["exp_avg"], SECOND: state["exp_avg_sq"]}
 
     def _round(self) -> None:
         """Make the compute weights the rounded masters."""
@@ -270,20 +297,40 @@ class ZeroEngine:
             self._sharded.update_lp_params()
             return
         self._release()
-        for rounded, flat in zip(self._sharded.fp16_partitioned_groups_flat, self._flats(), strict=True):
-            rounded.copy_(flat.detach())
+        for group in range(len(self._flats())):
+            with zero_setup.fetched(self._sharded, group):
+                self._sharded._reassign_or_swap_out_partitioned_parameters(group)
+        self._sharded.invalidate_secondary_tensor()  # a second copy would be of the weights before
 
     def _release(self) -> None:
         """Drop gathered weights: a forward pass leaves them to a backward pass that may not come."""
         if self._stage == 3:
             self._sharded._partition_all_parameters()
 
+    def _expect_every_gradient(self) -> None:
+        """Of a parameter without one DeepSpeed would read the file of an earlier step."""
+        there = self._sharded._offload_boundary_param_ids
+        for name, pieces in self._pieces.items():
+            if pieces and self._ids[name] not in there:
+                raise SapwoodError(
+                    f"{name} got no gradient in this step, and strategy.optimizer=nvme would take an earlier "
+                    "one for it; type strategy.optimizer=cpu"
+                )
+
+    def _frozen(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage < 3:
+            return parameter.detach()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
     def _whole(self, name: str) -> Tensor:
         """One trained parameter in fp32, from its masters on all ranks."""
         shape = self.trained[name]
         whole = torch.zeros(math.prod(shape), device=self.world.device)
         for piece in self._pieces[name]:
-            whole[piece.start : piece.start + piece.length] = piece.of(piece.flat)
+            whole[piece.start : piece.start + piece.length] = piece.of(self._flats()[piece.group])
         # Every element has one owner and is zero elsewhere; as integers, its bits add up exactly.
         dist.all_reduce(whole.view(torch.int32))
         return whole.view(shape)
@@ -306,6 +353,7 @@ class ZeroFrozen(Frozen):
         piece = parameter.ds_tensor  # [ceil(n / world)], padded at the end of the last one
         mine = whole.reshape(-1)[self.world.rank * piece.numel() :][: piece.numel()]
         piece[: mine.numel()].copy_(mine)
+        parameter.ds_secondary_tensor = None  # a second copy would be of the weights before
 
 
 def _fill(

@@ -10,9 +10,10 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -21,13 +22,15 @@ from framework.strategy import common
 from framework.strategy.base import World
 
 
-def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(
+    *, stage: int, precision: str, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The ds_config of a run, whole.
 
     `stage` is 1 (moments and masters are sharded), 2 (and gradients) or 3 (and weights); `precision`
-    is "fp32" or "bf16". Limits that are not named here are DeepSpeed's: under stage 3 up to 1e9
-    gathered parameters are kept for the backward pass, so a small model is gathered once per
-    micro-batch.
+    is "fp32" or "bf16"; `options` are more keys of `zero_optimization`. Limits that are not named here are
+    DeepSpeed's: under stage 3 up to 1e9 gathered parameters are kept for the backward pass, so a small
+    model is gathered once per micro-batch.
     """
     config: dict[str, Any] = {
         # Sizes DeepSpeed insists on; batches are cut elsewhere and nothing of ours reads these.
@@ -51,7 +54,10 @@ def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
             # True replaces torch.nn.functional.linear for the whole process, for good; `micro` does
             # so for the length of one micro-batch.
             "memory_efficient_linear": False,
+            **(options or {}),
         },
+        # An offloaded update is made by torch's fused AdamW, too: vectorised, and nothing to compile.
+        "zero_force_ds_cpu_optimizer": False,
     }
     if precision == "bf16":
         # bf16 weights and activations over fp32 masters ...
@@ -60,6 +66,9 @@ def deepspeed_config(*, stage: int, precision: str) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         # ... and summed over ranks in fp32; both default to bf16.
         config["communication_data_type"] = "fp32"
+    if config["zero_optimization"].get("zero_quantized_gradients"):
+        # The kernel takes whatever bits it is given for fp16.
+        config["communication_data_type"] = "fp16"
     return config
 
 
@@ -89,6 +98,24 @@ def package(world: World) -> Any:
     return deepspeed
 
 
+def sharding(deepspeed: Any, config: dict[str, Any]) -> Any:
+    """A `zero.Init` for one model. Collective.
+
+    The ranks that share a second copy (hpZ) are one global of DeepSpeed, which it makes once and refuses to
+    make again for the next model.
+    """
+    from deepspeed.utils import groups
+
+    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    known = groups._get_zero_param_intra_parallel_group()
+    if known is not None and dist.get_world_size(known) != size:
+        known = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if known is None and size > 1:
+        groups._create_zero_param_parallel_group(size)
+        known = groups._get_zero_param_intra_parallel_group()
+    return deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=known)
+
+
 def initialize(deepspeed: Any, module: nn.Module, **arguments: Any) -> Any:
     """DeepSpeed's engine around `module`, made in silence."""
     with silent():
@@ -107,8 +134,11 @@ def measure_as_we_do(optimizer: Any, world: World) -> None:
     others copies every gradient to fp64.
     """
 
+    offloaded = getattr(optimizer, "offload_optimizer", False)
+    where = torch.device("cpu") if offloaded else world.device
+
     def squares(gradients: Sequence[Tensor]) -> Tensor:
-        return common.sum_of_squares([gradient.float() for gradient in gradients], world.device)
+        return common.sum_of_squares([gradient.float() for gradient in gradients], where)
 
     if hasattr(optimizer, "get_grads_for_norm"):  # ZeRO-1 in bf16: whole gradients on every rank
         given = optimizer.get_grads_for_norm
@@ -128,6 +158,31 @@ def measure_as_we_do(optimizer: Any, world: World) -> None:
         return total.sqrt()
 
     optimizer.get_grad_norm_direct = norm
+    if offloaded:
+
+        def norms() -> list[Tensor]:
+            """Over the sums of all micro-batches, on the host; its own is of the device, and in fp32."""
+            if world.device.type == "cuda":
+                torch.cuda.synchronize(
+                    world.device
+                )  # gradients are on their way, to there and to the masters
+            return [norm([optimizer.grad_partitions_flat_buffer], None)]
+
+        optimizer._get_norm_groups = norms
+
+
+@contextlib.contextmanager
+def fetched(optimizer: Any, group: int) -> Iterator[None]:
+    """Inside, the masters and moments of one of a ZeRO optimizer's groups are in memory; changes are kept."""
+    if not getattr(optimizer, "swap_optimizer", False) or not optimizer._swappable_optimizer_subgroup(group):
+        yield
+        return
+    flat, swapper = optimizer.fp32_partitioned_groups_flat[group], optimizer.optimizer_swapper
+    swapper.swap_in_optimizer_state(parameter=flat)
+    try:
+        yield
+    finally:
+        swapper.swap_out_optimizer_state(parameter=flat)
 
 
 def destroy(engine: Any) -> None:

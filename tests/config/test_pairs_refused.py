@@ -4,8 +4,11 @@ import re
 
 import pytest
 
+from framework.config import pairs
 from framework.config.compose import compose
+from framework.config.spread import build_strategy
 from framework.errors import ConfigError
+from framework.strategy.world import connect
 
 GIVEN = ["model.path=some/model", "data.train=[{path: rows.jsonl}]"]
 REFUSED = [
@@ -30,6 +33,31 @@ REFUSED = [
         "launch.nproc=4 strategy=hsdp strategy.shard_size=1",
         "expected two or more ranks to share a copy; type strategy=ddp",
     ),
+    (
+        "launch.nproc=4 strategy=zeropp strategy.shard_size=3",
+        "type strategy.shard_size=2 or strategy.shard_size=4",
+    ),
+    ("launch.nproc=4 strategy=zeropp strategy.shard_size=1", "to share a copy; type strategy=zero2"),
+    (
+        "strategy=zeropp launch.device=cpu",
+        "DeepSpeed's kernels that quantise, which are for CUDA, on a CPU; expected a GPU, or nothing "
+        "quantised; type strategy.quantized_weights=false strategy.quantized_gradients=false",
+    ),
+    (
+        "strategy=zeropp precision=fp32 strategy.quantized_weights=false",
+        "type precision=bf16 or strategy.quantized_weights=false strategy.quantized_gradients=false",
+    ),
+    (
+        "strategy=zero3_offload strategy.optimizer=nvme",
+        "type strategy.nvme_path=DIRECTORY, or strategy.optimizer=cpu",
+    ),
+    (
+        "strategy=zero3_offload strategy.nvme_path=/fast",
+        "type strategy.optimizer=nvme or strategy.nvme_path=null",
+    ),
+    ("strategy=zero3_offload model.compile=blocks", "type strategy=fsdp or model.compile=none"),
+    ("strategy=zeropp model.compile=blocks", "type strategy=fsdp or model.compile=none"),
+    ("adapter=dora stage=grpo reward=verifier strategy=zeropp", "type adapter=lora"),
 ]
 
 
@@ -39,10 +67,21 @@ def test_what_cannot_work_is_refused_with_the_nearest_that_can(line, told):
         compose([*GIVEN, *line.split()])
     message = str(refused.value)
     assert told in message
-    for suggested in re.findall(r"[\w.]+=\w+", message.rpartition("; type ")[2]):
-        kept = [pair for pair in line.split() if not pair.startswith(suggested.partition("=")[0])]
-        chosen = "strategy=" in suggested  # another strategy has other keys
-        compose([*GIVEN, *[k for k in kept if not (chosen and k.startswith("strategy"))], suggested])
+    for alternative in re.split(r",? or ", message.rpartition("; type ")[2]):
+        suggested = alternative.split()
+        keys = tuple(f"{pair.partition('=')[0]}=" for pair in suggested)
+        if any(key == "strategy=" for key in keys):  # another strategy has other keys
+            keys = (*keys, "strategy")
+        kept = [pair for pair in line.split() if not pair.startswith(keys)]
+        compose([*GIVEN, *kept, *suggested])
+
+
+def test_a_device_found_later_is_refused_in_the_same_words():
+    """launch.device=auto: what there is is known to the ranks alone."""
+    run = compose([*GIVEN, "strategy=zeropp"])
+    pairs.check_device(run, "cuda")
+    with pytest.raises(ConfigError, match="for CUDA, on a CPU"):
+        build_strategy(run, connect("cpu", timeout_s=1, environment={}))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12, "null"])

@@ -102,6 +102,7 @@ def test_what_is_saved_already_is_not_advised():
     assert not [s for s in typed(*saving) if "checkpointing" in s or s.startswith("batch.tokens_per_micro")]
     assert "strategy=fsdp" in typed("launch.nproc=4")
     assert "strategy=fsdp" not in typed()
+    assert "strategy=zero3_offload" in typed("launch.nproc=4", "strategy=zero3")
     assert not [s for s in typed(device=CPU) if "offload" in s]
 
 
