@@ -2,6 +2,7 @@
 # make demo-rlhf  teach it further by preferences and rewards, and see what each way brought
 # make test       run the tests
 # make test-multihost  train on two and four hosts made of network namespaces; needs root and iproute2
+# make certify    prove that a run is one run, however it is spread; ARGS=--half or ARGS=--cover for fewer cells
 # make check      format, lint, check types
 # make docs       build the documentation into build/site
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
@@ -24,7 +25,7 @@ SHELL = /bin/bash
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-rlhf test test-multihost check docs clean
+.PHONY: help demo demo-rlhf test test-multihost certify check docs clean
 help:
 	@sed -n 's/^# \(make \)/\1/p' Makefile
 
@@ -39,6 +40,9 @@ test: $(STAMPS)/test
 
 test-multihost: $(STAMPS)/test
 	@$(VENV)/bin/python -m pytest -m multihost tests/multihost $(ARGS)
+
+certify: $(STAMPS)/test
+	@$(VENV)/bin/python launch/certify.py --page docs/certificate.md $(ARGS)
 
 # Where CI is set nothing is rewritten: a file that is not formatted fails.
 check: $(STAMPS)/check

@@ -78,7 +78,7 @@ def ours(place, model, **changes):
     chosen = {"stage": "distill", "stage__teacher": place / "teacher", **changes}
     chosen |= {"loss__beta": 0.3} if chosen.get("loss") == "jsd" else {}
     line = recipes.overrides(model, place / "chats.jsonl", place, **chosen)
-    return line, workers.run(1, recipes.train, line, steps=1, timeout_s=180)
+    return line, workers.run(1, recipes.measure, line, steps=1, timeout_s=180)
 
 
 CELLS = [
@@ -153,8 +153,8 @@ def test_an_adapter_learns_the_same_on_two_ranks(strategy, place, tiny_model_dir
         replay__fraction=0.3,
         replay__sources=f"[{{path: {place}/general.jsonl, name: general}}]",
     )
-    (alone,) = workers.run(1, stage_recipes.curve, line, steps=4, timeout_s=180)
-    ranks = workers.run(2, stage_recipes.curve, [*line, f"strategy={strategy}"], steps=4, timeout_s=180)
+    (alone,) = workers.run(1, stage_recipes.measure, line, steps=4, timeout_s=180)
+    ranks = workers.run(2, stage_recipes.measure, [*line, f"strategy={strategy}"], steps=4, timeout_s=180)
     assert ranks[0] == ranks[1]
     assert alone["lines"][-1]["loss"] < 0.9 * alone["lines"][0]["loss"]
     for found, expected in zip(ranks[0]["lines"], alone["lines"], strict=True):
@@ -192,7 +192,7 @@ def test_on_policy_distillation_comes_near_to_the_teacher(place, tiny_model_dir)
         "launch.device=cpu",
         f"run_dir={place}/run",
     ]
-    (found,) = workers.run(1, stage_recipes.curve, line, steps=16, timeout_s=180)
+    (found,) = workers.run(1, stage_recipes.measure, line, steps=16, timeout_s=180)
     nats = [rollout["kl"] for rollout in found["rollouts"]]
     assert len(nats) == 16
     assert all(rollout["reward"] == 0 for rollout in found["rollouts"])

@@ -7,7 +7,6 @@ rollouts, rewards in processes of their own, couplings over the world.
 import pytest
 import stage_recipes
 
-STEPS = 10
 AT_FOUR = {"reward": "ddp", "dpo": "zero3", "kto": "fsdp", "ppo": "fsdp", "grpo": "ddp"}
 AT_FOUR |= {"distill": "fsdp", "on_policy": "zero3"}
 CELLS = [
@@ -15,9 +14,9 @@ CELLS = [
     if size == 4 and AT_FOUR[kind] != strategy
     else (kind, size, strategy)
     for kind in stage_recipes.STAGES
-    for size in (1, 2, 4)
+    for size in (2, 4)
     for strategy in ("ddp", "fsdp", "zero3")
-    if (size, strategy) != (1, "ddp")  # the curve that the others are held to
+    if size > 1  # one process trains replicated under all of them: the curve that the others are held to
 ]
 
 

@@ -52,7 +52,7 @@ def curve(world, line):
     from framework.config import build, compose
 
     table = build.prepare(compose.compose(line)).tables[0]
-    found = stage_recipes.curve(world, line, steps=trl_recipes.STEPS)["lines"]
+    found = stage_recipes.measure(world, line, steps=trl_recipes.STEPS)["lines"]
     pairs = []
     for ids, trained in map(table.example, range(len(table))):
         first = int(trained.argmax())

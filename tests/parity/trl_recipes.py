@@ -101,7 +101,7 @@ def curve(world: Any, arguments: list[str]) -> dict[str, Any]:
 
     table = build.prepare(compose.compose(arguments)).tables[0]
     rows = [table.judged(row) for row in range(len(table))]
-    found = stage_recipes.curve(world, arguments, steps=STEPS)
+    found = stage_recipes.measure(world, arguments, steps=STEPS)
     return {
         "losses": [line["loss"] for line in found["lines"]],
         "norms": [line["grad_norm"] for line in found["lines"]],

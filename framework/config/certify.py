@@ -1,0 +1,143 @@
+"""The certificate: cells run on real processes and compared with one fp32 process, cell by cell.
+
+The reference of supervised training is plain transformers and torch, an example at a time; of other stages
+our own run in one process with nothing spread, packed or cut. What the configuration refuses is a cell, too,
+with its reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from framework.cluster.crew import Crew, CrewError
+from framework.config import cells, compose, measured
+from framework.config.cells import Cell
+from framework.errors import ConfigError
+
+BOUNDS: Mapping[str, Mapping[str, float]] = {
+    "fp32": {"loss": 1e-5, "gradient": 1e-5, "weights": 1e-5},
+    "bf16": {"loss": 2e-2, "gradient": 5e-2, "weights": 2e-2},
+}
+"""Largest relative difference of each that is agreement. See `docs/certificate.md` for why these."""
+
+PATIENCE_S = 600
+"""For one cell: many times what the slowest takes, and an end to one that hangs."""
+
+Measure = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a cell: "agrees", "disagrees", "refused", "not compared" or "failed"."""
+
+    cell: Cell
+    verdict: str
+    differences: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self.cell), **asdict(self), "cell": str(self.cell)}
+
+
+def refusal(cell: Cell, place: Path, model: Path, *, device: str) -> str | None:
+    """Why the configuration refuses a cell, None if it does not."""
+    try:
+        compose.compose(cells.line(cell, place, model, device=device))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+class Certificate:
+    """Runs cells on processes that are kept between them. `close` ends these."""
+
+    def __init__(self, place: Path, model: Path, *, device: str = "cpu", devices: int | None = None) -> None:
+        """`place` is filled by `specimens.write`; `devices` limits the ranks where each needs one."""
+        self._place, self._model = place, model
+        self._device, self._devices = device, devices
+        self._crews: dict[int, Crew] = {}
+        self._references: dict[Cell, dict[str, Any]] = {}
+
+    def run(self, wanted: Iterable[Cell], measure: Measure = measured.measure) -> Iterator[Found]:
+        """What becomes of each cell, one after the other; `measure` runs on every rank of a cell."""
+        for cell in wanted:
+            began = time.perf_counter()
+            found = self._one(cell, measure)
+            yield Found(found.cell, found.verdict, found.differences, found.why, time.perf_counter() - began)
+
+    def close(self) -> None:
+        while self._crews:
+            self._crews.popitem()[1].kill()
+
+    def _one(self, cell: Cell, measure: Measure) -> Found:
+        if (why := refusal(cell, self._place, self._model, device=self._device)) is not None:
+            return Found(cell, "refused", why=why)
+        if self._devices is not None and cell.ranks > self._devices:
+            return Found(cell, "not compared", why=f"{cell.ranks} ranks and {self._devices} devices")
+        if cell.precision != "fp32" and cell.stage in cells.WRITING:
+            return Found(cell, "not compared", why="rounding changes a word, and every word after it")
+        try:
+            expected = self._reference(cells.reference(cell))
+            ranks = self._measured(cell, measure)
+            return judged(cell, ranks, expected)
+        except (CrewError, ValueError) as error:
+            return Found(cell, "failed", why=str(error))
+
+    def _reference(self, cell: Cell) -> dict[str, Any]:
+        if cell not in self._references:
+            plain = cell.stage == "sft"
+            ranks = self._measured(cell, measured.plain if plain else measured.measure)
+            gradient = ranks[0]["gradient"] if plain else measured.whole(ranks)
+            self._references[cell] = {**ranks[0], "gradient": gradient}
+        return self._references[cell]
+
+    def _measured(self, cell: Cell, measure: Measure) -> list[dict[str, Any]]:
+        line = cells.line(cell, self._place, self._model, device=self._device)
+        if cell.ranks not in self._crews:
+            self._crews[cell.ranks] = Crew(cell.ranks, device=self._device)
+        try:
+            return self._crews[cell.ranks].run(measure, line, steps=cells.STEPS, timeout_s=PATIENCE_S)
+        except CrewError:
+            self._crews.pop(cell.ranks).kill()
+            raise
+
+
+def judged(cell: Cell, ranks: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]) -> Found:
+    """A cell's ranks beside the reference."""
+    differences = {
+        "loss": _apart(ranks[0]["losses"], expected["losses"]),
+        "gradient": apart(measured.whole(ranks), expected["gradient"]),
+        "weights": apart(ranks[0]["weights"], expected["weights"]),
+    }
+    over = [name for name, bound in BOUNDS[cell.precision].items() if not differences[name] <= bound]
+    why = [f"{name} is {differences[name]:.1e} apart" for name in over]
+    if any(rank["losses"] != ranks[0]["losses"] for rank in ranks):
+        why.append("ranks report other losses")
+    if cell.precision == "fp32" and ranks[0]["tokens"] != expected["tokens"]:
+        why.append("other answers were written")
+    return Found(cell, "disagrees" if why else "agrees", differences, "; ".join(why))
+
+
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The norm of the difference over the norm of what is expected, over all tensors together."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"other tensors: {', '.join(sorted(found.keys() ^ expected.keys()))}")
+    difference = sum(float((found[n].double() - w.double()).square().sum()) for n, w in expected.items())
+    size = sum(float(w.double().square().sum()) for w in expected.values())
+    return float((difference / size) ** 0.5)
+
+
+def _apart(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest difference of any step over the largest loss of the run.
+
+    Over each step's own would divide rounding by nothing where advantages of mean zero cancel.
+    """
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True)) / max(map(abs, expected))
