@@ -154,7 +154,7 @@ def following(data, model, **changes):
 
 @pytest.fixture(scope="module")
 def followed(data, tiny_model_dir):
-    return workers.run(1, recipes.train, following(data, tiny_model_dir), steps=4, timeout_s=120)
+    return workers.run(1, recipes.measure, following(data, tiny_model_dir), steps=4, timeout_s=120)
 
 
 @pytest.mark.parametrize(("strategy", "size"), [("fsdp", 2), ("zero3", 2)])
@@ -162,13 +162,13 @@ def test_replay_that_follows_the_start_model_is_the_same_everywhere(
     strategy, size, followed, data, tiny_model_dir
 ):
     asked = following(data, tiny_model_dir, strategy=strategy)
-    ranks = workers.run(size, recipes.train, asked, steps=4, timeout_s=120)
+    ranks = workers.run(size, recipes.measure, asked, steps=4, timeout_s=120)
     assert ranks[0]["losses"] == pytest.approx(followed[0]["losses"], rel=1e-4)
 
 
 def test_replay_that_follows_the_start_model_begins_with_a_divergence_of_zero(followed, data, tiny_model_dir):
     """Of the first step's loss the share of the own rows is left, three fifths of what both cost as text."""
     text = workers.run(
-        1, recipes.train, following(data, tiny_model_dir, replay="fixed"), steps=1, timeout_s=120
+        1, recipes.measure, following(data, tiny_model_dir, replay="fixed"), steps=1, timeout_s=120
     )
     assert 0.5 < followed[0]["losses"][0] / text[0]["losses"][0] < 0.7
