@@ -7,12 +7,7 @@ carry a run out are told where the files are (`config.record`) and ask nobody.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import inspect
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from typing import Any
 from framework.config import targets
 from framework.config.nodes import Source
 from framework.config.schema import Run
+from framework.config.written import written
 from framework.errors import ConfigError, UserError
 from framework.rollout import environments
 from framework.rollout.pool import SUPPLIED
@@ -36,11 +32,11 @@ def sources(run: Run) -> tuple[Sequence[Source], Sequence[Source]]:
     node = run.reward.environment
     if node is None:
         return run.data.train, run.data.eval
-    if not run._rows:
+    if SPLITS[0] not in run._rows:
         environment = _made(run)
         directory = Path(run.data.cache_dir).expanduser() / "environments"
-        run._rows = {
-            split: str(_written(environments.read(environment, split), directory, f"{node.called}-{split}"))
+        run._rows |= {
+            split: str(written(environments.read(environment, split), directory, f"{node.called}-{split}"))
             for split in SPLITS
         }
     train, held_out = (Source(path=run._rows[split], format="prompt", name=node.called) for split in SPLITS)
@@ -72,22 +68,3 @@ def _made(run: Run) -> Any:
             f"takes some of {', '.join(SUPPLIED)}"
         )
     return made
-
-
-def _written(rows: Sequence[environments.Row], directory: Path, name: str) -> Path:
-    """A file with these rows, named after them: there, or written whole and then moved there."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path = directory / f"{name}-{hashlib.blake2b(text, digest_size=8).hexdigest()}.jsonl"
-    if path.is_file() and path.read_bytes() == text:
-        return path
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f"{path.name}.")  # readable by its owner only
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return path

@@ -26,7 +26,6 @@ from framework.stages.judge import ModelReward, Scored
 from framework.strategy.base import Engine, World
 from framework.train.trainer import Assess, Report
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MIB = 2**20
 
 
@@ -65,7 +64,7 @@ def _rollout(inspected: Inspected, world: World) -> Rollout:
     run, description, chosen = inspected.run, inspected.description, inspected.run.rollout
     lora = run.adapter if isinstance(run.adapter, Lora) else None
     common: dict[str, Any] = {
-        "dtype": DTYPES[run.precision],
+        "dtype": load.DTYPES[run.precision],
         "lora_scaling": lora.alpha / lora.rank if lora else None,
     }
     if isinstance(chosen, Hf):

@@ -100,7 +100,7 @@ def get_or_build(
     """
     root.mkdir(parents=True, exist_ok=True)
     directory, building = root / key, root / f"{key}.building"
-    with _locked(root / f"{key}.lock"):
+    with locked(root / f"{key}.lock"):
         if directory.exists():
             try:
                 return open_arrays(directory)
@@ -118,7 +118,7 @@ def get_or_build(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds a lock file that goes away with its last holder, also when that one is killed."""
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

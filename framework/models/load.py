@@ -42,6 +42,7 @@ Adapter = Lora | Mapping[str, Any] | None
 PREFIX = "lm."  # of every parameter of a `Policy` and of a `Scorer`
 HEADS = {"lm": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 SCORE = "score.weight"  # the head of a `Scorer`, [1, d]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by `precision`
 WIDEST = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -121,8 +122,7 @@ def inspect(
 
 def attention_for(description: Description, name: str, device: torch.device, *, precision: str) -> str:
     """The attention implementation for `model.attention`; see `attention.choose`. Raises ModelError."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    return attention.choose(name, device, description.config, dtype)
+    return attention.choose(name, device, description.config, DTYPES[precision])
 
 
 def builder(
