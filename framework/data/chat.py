@@ -193,6 +193,10 @@ class Encoder:
             spans.append((start, len(ended)))
         return text, spans
 
+    def text(self, message: Message) -> str:
+        """One turn of the user, to be answered, as the template renders it."""
+        return self._apply((message,), Record((message,)), add_generation_prompt=True)[0]
+
     def _text_of(self, record: Record, turns: int, *, add_generation_prompt: bool = False) -> str:
         if turns == 0:
             return ""
