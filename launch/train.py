@@ -156,6 +156,8 @@ def start(run: Run, parts: Parts) -> Outcome:
             if found["finished"] is not None:
                 print(f"{where}: already done; its model and metrics are there", file=sys.stderr)
                 return Outcome(**found["finished"])
+            if machines.count > 1:
+                written_once(run, parts, machines.first)
             machines.each(lambda: parts.prepare(run))
             if machines.rank == 0:
                 keep(run)
@@ -267,12 +269,27 @@ def join(arguments: Sequence[str], place: environ.Place, parts: Parts) -> int:
             if place.rank == 0:
                 print(f"{run.run_dir}: already done; its model and metrics are there", file=sys.stderr)
             return DONE
+        if place.world_size > place.local_size:
+            written_once(run, parts, meeting.first)
         meeting.each(lambda: parts.prepare(run) if place.local_rank == 0 else None)
         # what preparing has found: no other rank asks an environment again
         run = record.unpacked(meeting.first(lambda: record.packed(run)))
         if place.rank == 0:
             keep(run)
         return parts.work(run)
+
+
+def written_once(run: Run, parts: Parts, first: Callable[[Callable[[], Any]], Any]) -> None:
+    """What the start model writes is written on the first machine, which tells the others. Collective."""
+    if not run.synthesised:
+        return
+    from framework.config import selfmade
+
+    def write() -> Any:
+        parts.prepare(run)
+        return selfmade.packed(run)
+
+    selfmade.unpack(run, first(write))
 
 
 def _last_words(error: SapwoodError) -> str:

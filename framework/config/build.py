@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import environment, probes, record, targets, vocabulary
+from framework.config import environment, probes, record, selfmade, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
@@ -147,15 +147,21 @@ def inspect(run: Run) -> Inspected:
 def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     """Bind the loss, look at the models, tokenise the data; loads no weight and uses no accelerator.
 
-    Every process of a host may call it: the first builds the cache, the others wait and map it. Raises
-    UserError.
+    But for `self:` in replay.sources: where the cache has no such text, the start model writes it, in
+    processes of its own. Every process of a host may call it: the first builds the cache, the others wait
+    and map it. Raises UserError.
     """
     inspected = inspect(run)
     read = partial(read_tables, inspected, progress=progress)
     text = partial(_read_text, inspected, progress=progress)
     given, held_out = environment.sources(run)
-    train_tables, replay_tables = read(given), text(run.replay.sources)
     mixed, online = run.stage.name in SUPERVISED, run.stage.name in ONLINE
+    train_tables, retention = read(given), text(run.evaluate.retention)
+    held_out_tables = () if online else read(held_out)
+    asked = [*run.evaluate.prompts, *(held_out if online else ())]
+    questions = _read_prompts(inspected, asked, progress=progress) if asked else ()
+    # Last: the start model may have to write it, and what else is refused is refused before.
+    replay_tables = text(selfmade.sources_of(run, inspected.description))
     if online:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
     else:
@@ -167,8 +173,6 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
             shuffle=run.data.shuffle,
         )
     named = _distinct([*train_tables, *replay_tables])
-    asked = [*run.evaluate.prompts, *(held_out if online else ())]
-    retention = text(run.evaluate.retention)
     fisher = run.protect.importance == "fisher"
     important = (text(run.protect.sources) or replay_tables) if fisher else []
     steps = _steps(run, mixture, sum(map(len, train_tables)))
@@ -176,10 +180,10 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         **vars(inspected),
         tables=named if mixed else named[: len(train_tables)],
         replay=() if mixed else named[len(train_tables) :],
-        held_out=() if online else read(held_out),
+        held_out=held_out_tables,
         retention=retention,
         important=important,
-        questions=_read_prompts(inspected, asked, progress=progress) if asked else (),
+        questions=questions,
         mixture=mixture,
         steps=steps,
         probes=probes.prepare(run, retention, [*named, *important], steps, _reading(inspected)),

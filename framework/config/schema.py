@@ -58,6 +58,7 @@ from framework.config.stage import (
     Vllm,
 )
 from framework.config.strategy import Spread
+from framework.config.synthesis import SELF, Synthesis
 
 
 class Run(Node):
@@ -78,6 +79,7 @@ class Run(Node):
     data: Data
     replay: Replay
     protect: Protect
+    synthesis: Synthesis
     rollout: Annotated[Hf | Vllm, Field(discriminator="engine")]
     reward: Rewards
     batch: Batch
@@ -93,7 +95,8 @@ class Run(Node):
     # Values that read the environment, as written, by their place: `config.record` saves them so.
     _withheld: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
-    # Files with the rows of `reward.environment` by split, once `config.environment` has asked for them.
+    # Files that a start has written: rows of `reward.environment` by split (`config.environment`), and under
+    # `self:` those of the start model (`config.selfmade`).
     _rows: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -144,6 +147,7 @@ class Run(Node):
             )
         self._rehearsed()
         self._protected()
+        self._synthesised()
         self._online()
         pairs.check(self)
         world_size = self.launch.nproc * self.launch.nnodes
@@ -252,6 +256,49 @@ class Run(Node):
                 "'protect.sources=[{path: general.jsonl}]'",
             )
 
+    def _synthesised(self) -> None:
+        """What the start model writes is to be replayed, and only that."""
+        given = {
+            "data.train": self.data.train,
+            "data.eval": self.data.eval,
+            "evaluate.retention": self.evaluate.retention,
+            "evaluate.prompts": self.evaluate.prompts,
+        }
+        if misplaced := [key for key, sources in given.items() if any(s.path == SELF for s in sources)]:
+            raise refuse(
+                misplaced[0],
+                f"{SELF}, text of the start model's own",
+                f"{SELF} in replay.sources, or a file that launch/synthesise.py wrote",
+                "replay=synthesised",
+            )
+        asked = sum(source.path == SELF for source in self.replay.sources)
+        if asked > 1:
+            raise refuse(
+                "replay.sources",
+                f"{SELF} {asked} times, of which each is the same text",
+                "it once",
+                "synthesis.rows=NUMBER for more of it",
+            )
+        if asked and self.model.init == "random":
+            raise refuse(
+                "replay.sources, model.init",
+                f"{SELF} and a start model with new random weights, which has nothing to say",
+                "a model that was trained",
+                "model.init=pretrained or replay=none",
+            )
+        if asked and self.synthesis.max_new_tokens >= self.data.max_length:
+            raise refuse(
+                "synthesis.max_new_tokens, data.max_length",
+                f"answers of {self.synthesis.max_new_tokens} tokens in examples of {self.data.max_length}",
+                "room for a request before them",
+                f"synthesis.max_new_tokens={max(1, self.data.max_length // 2)}",
+            )
+
+    @property
+    def synthesised(self) -> bool:
+        """Whether the start model is to write what is replayed."""
+        return any(source.path == SELF for source in self.replay.sources)
+
     def _online(self) -> None:
         """What a stage that rolls out needs of the rest of the tree."""
         stage = self.stage
@@ -307,6 +354,8 @@ class Run(Node):
         if self.replay.max_forgetting is not None:  # then what is watched decides what is replayed
             tree["retain"] = self.retain.model_dump(mode="json")
             tree["retention"] = [source.model_dump(mode="json") for source in self.evaluate.retention]
+        if self.synthesised:
+            tree["synthesis"] = self.synthesis.model_dump(mode="json", exclude={"batch_size"})
         return tree
 
     def identity(self) -> str:
@@ -328,6 +377,7 @@ INCIDENTAL = (
     "data.packing",
     "data.cache_dir",
     "data.workers",
+    "synthesis",
     "rollout.batch_size",
     "rollout.url",
     "rollout.timeout_s",

@@ -52,6 +52,8 @@ def _absolute(run: Run) -> Run:
     strategy = {}
     if (directory := getattr(run.strategy, "nvme_path", None)) is not None:
         strategy["nvme_path"] = str(Path(directory).expanduser().absolute())
+    prompts = run.synthesis.prompts
+    synthesis = {} if prompts is None else {"prompts": local(prompts)}
     reward = {} if run.reward.model is None else {"model": local(run.reward.model)}
     data = {
         "train": sources(run.data.train),
@@ -63,6 +65,7 @@ def _absolute(run: Run) -> Run:
             "resume": run.resume if run.resume in ("auto", "never") else local(run.resume),
             "model": run.model.model_copy(update=model),
             "stage": run.stage.model_copy(update=stage),
+            "synthesis": run.synthesis.model_copy(update=synthesis),
             "reward": run.reward.model_copy(update=reward),
             "strategy": run.strategy.model_copy(update=strategy),
             "evaluate": run.evaluate.model_copy(update=evaluate),
