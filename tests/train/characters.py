@@ -13,10 +13,13 @@ LETTERS = "abcdefghijkl"
 SKILLS = "CRS"
 
 
-def write_model(directory: Path) -> Path:
-    """An untrained Llama of 150k parameters whose tokens are characters."""
+def write_model(directory: Path, *, begins: bool = False) -> Path:
+    """An untrained Llama of 150k parameters whose tokens are characters.
+
+    With `begins` texts start with a token of their own, so that the first letter is learnt, too.
+    """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS, *"CRSFK=>"])}
@@ -26,6 +29,12 @@ def write_model(directory: Path) -> Path:
     words = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
     )
+    if begins:
+        words.add_special_tokens({"bos_token": "<bos>"})
+        start = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", words.bos_token_id)]
+        )
+        words.backend_tokenizer.post_processor = start
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),
