@@ -28,7 +28,7 @@ def world(tmp_path_factory):
         f"model.path={place}/untrained",
         learn,
         "data.train_on=all",
-        "steps=600",
+        "steps=900",
         "optim.lr=3e-3",
     )
     return place, files
