@@ -64,9 +64,10 @@ def show(overrides: Sequence[str], examples: int, console: Console) -> None:
     console.print(preview.packed(prepared.tables, prepared.mixture, **cut), soft_wrap=True)
     console.print(preview.counts([*prepared.tables, *prepared.held_out]))
     epochs = prepared.mixture.epochs(prepared.steps * run.batch.sequences)
+    share = prepared.run.replay.fraction  # none where nothing was carried
     console.print(
         f"{prepared.steps:,} steps of {run.batch.sequences} sequences: {epochs:.2f} epochs of data.train"
-        + (f", {run.replay.fraction:.0%} of trained tokens replayed" if run.replay.fraction else ""),
+        + (f", {share:.0%} of trained tokens replayed" if share else ""),
         soft_wrap=True,
     )
 

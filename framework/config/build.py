@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import environment, probes, record, selfmade, targets, vocabulary
+from framework.config import carrying, environment, probes, record, selfmade, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
@@ -68,6 +68,7 @@ class Prepared(Inspected):
     important: Sequence[Table] = ()  # text whose Fisher information says which weights matter
     questions: Sequence[PromptTable] = ()
     probes: probes.Probes | None = None  # what is watched for forgetting
+    carried: carrying.Carried | None = None  # what earlier stages have left
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,16 +87,18 @@ class Prepared(Inspected):
             "batch.sequences": run.batch.sequences,
         }
         if run.replay.max_forgetting is not None and self.probes is not None:
-            identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources"})
+            identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
             identity["probes"] = self.probes.identity
         if run.replay.objective == "start":
             identity["replay"] = run.replay.model_dump(mode="json", include={"objective", "likeliest"})
         if (protect := run.protect).chosen:  # what comes after the last step may still change
             identity["protect"] = protect.model_dump(mode="json", exclude={"sources", "interpolate"})
             identity["important"] = [table.fingerprint for table in self.important]
+        if self.carried is not None and self.carried.sources:
+            identity["buffer"] = self.carried.buffer.identity
         if run.stage.name != "sft":
             identity["stage"] = shown["stage"]
-            identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources"})
+            identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
         if run.stage.name in ONLINE:
             identity["rollout"] = run.rollout.model_dump(
                 mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}
@@ -152,16 +155,18 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     and map it. Raises UserError.
     """
     inspected = inspect(run)
+    given, held_out = environment.sources(run)
+    run, carried = carrying.fed(run)
+    inspected = replace(inspected, run=run)
     read = partial(read_tables, inspected, progress=progress)
     text = partial(_read_text, inspected, progress=progress)
-    given, held_out = environment.sources(run)
     mixed, online = run.stage.name in SUPERVISED, run.stage.name in ONLINE
     train_tables, retention = read(given), text(run.evaluate.retention)
     held_out_tables = () if online else read(held_out)
     asked = [*run.evaluate.prompts, *(held_out if online else ())]
     questions = _read_prompts(inspected, asked, progress=progress) if asked else ()
     # Last: the start model may have to write it, and what else is refused is refused before.
-    replay_tables = text(selfmade.sources_of(run, inspected.description))
+    replay_tables = carrying.read(run, carried, selfmade.sources_of(run, inspected.description), text)
     if online:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
     else:
@@ -175,6 +180,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     named = _distinct([*train_tables, *replay_tables])
     fisher = run.protect.importance == "fisher"
     important = (text(run.protect.sources) or replay_tables) if fisher else []
+    carrying.check(run, carried, [table.name for table in named])
     steps = _steps(run, mixture, sum(map(len, train_tables)))
     return Prepared(
         **vars(inspected),
@@ -187,6 +193,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         mixture=mixture,
         steps=steps,
         probes=probes.prepare(run, retention, [*named, *important], steps, _reading(inspected)),
+        carried=carried,
     )
 
 
@@ -336,11 +343,11 @@ def read_tables(
 
 
 def _read_text(
-    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
+    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None, **changes: Any
 ) -> list[Table]:
     given = [Source(**source.model_dump()) for source in sources]
-    train_on = inspected.run.data.train_on
-    return tokenised.prepare(given, train_on=train_on, progress=progress, **_reading(inspected))
+    reading = {**_reading(inspected), "train_on": inspected.run.data.train_on, **changes}
+    return tokenised.prepare(given, progress=progress, **reading)
 
 
 def _read_prompts(

@@ -30,7 +30,6 @@ EXAMPLES = {
     "data.train": "'data.train=[{path: FILE.jsonl}]'",
     "data.eval": "'data.eval=[{path: FILE.jsonl}]'",
     "stage.teacher": "stage.teacher=DIRECTORY_OR_HUB_ID",
-    "replay.sources": "'replay.sources=[{path: FILE.jsonl}]'",
 }
 """What to type for keys that have no value to start from."""
 

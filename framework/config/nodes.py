@@ -132,6 +132,7 @@ class Source(Node):
     weight: Annotated[float, Field(gt=0)] | None = None
     name: Name | None = None
     split: Text = "train"
+    licence: Text | None = None
 
 
 class Data(Node):
@@ -172,6 +173,21 @@ class Replay(Node):
     unit: Literal["relative_loss", "kl"]
     most: Annotated[float, Field(gt=0)] | None
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
+    carry: Text | None  # auto, or the directory of a run
+    stratum_tokens: Annotated[int, Field(ge=0)]
+    excluded: tuple[Text, ...]
+
+    @property
+    def fed(self) -> bool:
+        """Whether there may be something to replay."""
+        return bool(self.sources) or self.carry is not None
+
+    @property
+    def idle(self) -> Replay:
+        """The same where it turns out that there is nothing to replay."""
+        unset = dict.fromkeys(("scale", "sequences", "max_forgetting", "most", "strata"))
+        plain = {"sources": (), "fraction": 0.0, "scale_by": "raw", "objective": "text"}
+        return self.model_copy(update={**plain, **unset})
 
     @property
     def start(self) -> float:
@@ -188,7 +204,7 @@ class Replay(Node):
                 "both or neither",
                 f"replay.max_forgetting=0.01 or replay.{serving[0]}=null",
             )
-        if self.max_forgetting is None or (not self.sources and self.most is None):
+        if self.max_forgetting is None or (not self.fed and self.most is None):
             return self  # without sources a budget is judged only, and nothing is steered
         key, limit = ("replay.fraction", 1.0) if self.scale is None else ("replay.scale", float("inf"))
         if self.most is None or not self.start <= self.most < limit or self.start == 0:
@@ -225,33 +241,41 @@ class Replay(Node):
                 "one of the two",
                 "replay.objective=text or replay.scale_by=raw",
             )
-        if self.scale is not None and not self.sources:
+        type_this = "'replay.sources=[{path: general.jsonl}]', replay.carry=auto or replay=none"
+        if self.scale is not None and not self.fed:
             raise refuse(
                 "replay.scale, replay.sources",
                 f"a coefficient of {self.scale:g} for no data",
                 "sources to replay",
-                "'replay.sources=[{path: general.jsonl}]' or replay=none",
+                type_this,
             )
-        if self.fraction > 0 and not self.sources:
+        if self.fraction > 0 and not self.fed:
             raise refuse(
                 "replay.fraction, replay.sources",
                 f"a share of {self.fraction:g} of no data",
                 "sources to replay",
-                "'replay.sources=[{path: general.jsonl}]' or replay=none",
+                type_this,
             )
-        if self.objective == "start" and not self.sources:
+        if self.objective == "start" and not self.fed:
             raise refuse(
                 "replay.objective, replay.sources",
                 "what the start model says of the text replayed, and no text",
                 "sources to replay",
                 "'replay.sources=[{path: general.jsonl}]' or replay.objective=text",
             )
-        if self.sources and self.fraction == 0 and self.scale is None:
+        if self.fed and self.fraction == 0 and self.scale is None:
             raise refuse(
-                "replay.fraction, replay.sources",
+                "replay.fraction, replay.sources" if self.sources else "replay.fraction, replay.carry",
                 "sources of which nothing is replayed",
                 "a share above 0",
                 "replay.fraction=0.1",
+            )
+        if self.carry is not None and self.stratum_tokens == 0:
+            raise refuse(
+                "replay.carry, replay.stratum_tokens",
+                "earlier stages to rehearse by no token",
+                "some tokens of each",
+                "replay.stratum_tokens=200000 or replay.carry=null",
             )
         return self
 

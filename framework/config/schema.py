@@ -189,7 +189,7 @@ class Run(Node):
     def _rehearsed(self) -> None:
         """Replay is mixed into supervised data and a term of its own beside any other."""
         watched = self.retain.builtin or self.evaluate.retention
-        held = self.replay.sources or self.protect.chosen
+        held = self.replay.fed or self.protect.chosen
         if self.replay.max_forgetting is not None and not (watched and held):
             raise refuse(
                 "replay.max_forgetting, " + ("replay.sources" if watched else "evaluate.retention"),
@@ -221,7 +221,7 @@ class Run(Node):
                 "one to follow",
                 "replay.objective=text",
             )
-        if self.stage.name == "reward" and self.replay.sources:
+        if self.stage.name == "reward" and self.replay.fed:
             raise refuse(
                 "replay.sources, stage.name",
                 "text to rehearse, and a reward model, which writes none",
@@ -248,7 +248,7 @@ class Run(Node):
                 "a protection of what an adapter adds",
                 "protect=interpolate, protect=average, protect=low_rate or a lower adapter.rank",
             )
-        if protect.importance == "fisher" and not (protect.sources or self.replay.sources):
+        if protect.importance == "fisher" and not (protect.sources or self.replay.fed):
             raise refuse(
                 "protect.importance, protect.sources",
                 "weights that matter for text, and no text",

@@ -54,6 +54,8 @@ def _absolute(run: Run) -> Run:
         strategy["nvme_path"] = str(Path(directory).expanduser().absolute())
     prompts = run.synthesis.prompts
     synthesis = {} if prompts is None else {"prompts": local(prompts)}
+    carry = run.replay.carry if run.replay.carry in (None, "auto") else local(run.replay.carry)
+    replay = {"sources": sources(run.replay.sources), "carry": carry}
     reward = {} if run.reward.model is None else {"model": local(run.reward.model)}
     data = {
         "train": sources(run.data.train),
@@ -71,7 +73,7 @@ def _absolute(run: Run) -> Run:
             "evaluate": run.evaluate.model_copy(update=evaluate),
             "data": run.data.model_copy(update=data),
             "protect": run.protect.model_copy(update={"sources": sources(run.protect.sources)}),
-            "replay": run.replay.model_copy(update={"sources": sources(run.replay.sources)}),
+            "replay": run.replay.model_copy(update=replay),
         }
     )
 

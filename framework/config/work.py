@@ -11,7 +11,19 @@ import torch
 
 from framework.cluster import directory
 from framework.cluster.signals import StopRequest
-from framework.config import build, finish, judging, record, remembering, retention, shortage, speed, stages
+from framework.config import (
+    build,
+    carrying,
+    finish,
+    judging,
+    leaving,
+    record,
+    remembering,
+    retention,
+    shortage,
+    speed,
+    stages,
+)
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
 from framework.config.stage import ONLINE, SUPERVISED
@@ -45,7 +57,11 @@ def work(run: Run) -> int:
         checkpoints = build.checkpointer(prepared, world)
         resume = _resume(run, checkpoints)
         where = Path(run.run_dir)
+        if world.rank == 0:
+            leaving.leave(prepared)
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
+        if resume is None and (said := carrying.told(prepared)) is not None:
+            tracker.log("event", {"message": said}, step=0)
         status = "failed"
         try:
             with shortage.explained(run, world, prepared):
@@ -89,6 +105,11 @@ def agree(prepared: Prepared, world: World) -> None:
     )
     by_rank = world.gather([(table.name, table.fingerprint) for table in tables])
     for rank, theirs in enumerate(by_rank):
+        if len(theirs) != len(by_rank[0]):
+            raise DataError(
+                f"rank {rank} has {len(theirs)} sources and rank 0 {len(by_rank[0])}; expected the same "
+                "everywhere: with replay.carry every machine must see the directory of the earlier run"
+            )
         odd = [name for (name, print_), other in zip(theirs, by_rank[0], strict=True) if other[1] != print_]
         if odd:
             raise DataError(

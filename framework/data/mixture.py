@@ -112,12 +112,16 @@ class Mixture:
 
     def picks(self, start: int, stop: int) -> list[Pick]:
         """Examples start..stop-1 of the stream."""
+        return [Pick(*map(int, column)) for column in self.columns(start, stop).T]
+
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        """[3, stop - start]: the same as source, row and epoch of each."""
         replayed, cursors = self._cursors(start, stop)
         sources = np.empty((3, stop - start), dtype=np.int64)
         sources[:, ~replayed] = self._train.take(cursors[~replayed])
         if self._replay is not None:
             sources[:, replayed] = self._replay.take(cursors[replayed])
-        return [Pick(*map(int, column)) for column in sources.T]
+        return sources
 
     def __getitem__(self, index: int) -> Pick:
         return self.picks(index, index + 1)[0]

@@ -32,6 +32,7 @@ class Source:
     weight: float | None = None  # share of rows among the sources of its list; None: by number of rows
     name: str | None = None  # in metrics; None: from the path
     split: str = "train"  # of a `datasets` directory or hub id
+    licence: str | None = None  # of its rows, written down wherever some of them are kept
 
 
 class Placed(NamedTuple):

@@ -79,6 +79,11 @@ class Table:
         """One example for people."""
         return [Part("", *self.example(row))]
 
+    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """(file, line) of examples, as `sources.Placed` counts them."""
+        files, lines = self._arrays["files"][rows], self._arrays["lines"][rows]
+        return list(zip(files.tolist(), lines.tolist(), strict=True))
+
     def where(self, row: int) -> str:
         """The place of an example, for messages: `train.jsonl:17`."""
         return sources.place(self._files[self._arrays["files"][row]], int(self._arrays["lines"][row]))

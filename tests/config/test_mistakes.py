@@ -98,7 +98,9 @@ MISTAKES = [
     ("launch.nnodes=2", "type launch.master_addr=HOST launch.master_port=29500"),
     ("launch.node_rank=3", "machine 3 of 1"),
     ("replay.fraction=0.1", "a share of 0.1 of no data"),
-    ("replay=fixed", "replay.sources: not given; type 'replay.sources=[{path: FILE.jsonl}]'"),
+    ("replay=fixed", "type 'replay.sources=[{path: general.jsonl}]', replay.carry=auto or replay=none"),
+    ("replay.carry=auto", "sources of which nothing is replayed"),
+    ("replay=fixed replay.carry=auto replay.stratum_tokens=0", "earlier stages to rehearse by no token"),
     ("replay.sources=[{path: a}]", "sources of which nothing is replayed"),
     (
         "replay.sources=[{path: a}] replay.fraction=1",
