@@ -14,6 +14,7 @@ Exit status: that of the step it ended in: 0 done, 2 refused, 3 stopped with a c
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -122,7 +123,10 @@ def call(told: dict[str, Any]) -> int:
     where, began = Path(told["directory"]), time.monotonic()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would break into our lines
     node = Target.model_validate({**told["settings"], "_partial_": True})
-    found = targets.resolve(node, told["trusted"], supplied=(pipeline.GIVEN,))(directory=where) or {}
+    function = targets.resolve(node, told["trusted"], supplied=pipeline.GIVEN)
+    given = {"directory": where, "trusted": tuple(told["trusted"])}
+    wanted = inspect.signature(function).parameters
+    found = function(**{name: value for name, value in given.items() if name in wanted}) or {}
     seconds = round(time.monotonic() - began, 3)
     directory.write_result(where, {"status": "done", "seconds": seconds, **found})
     return DONE
@@ -167,7 +171,7 @@ def _tree(path: Path) -> dict[str, Any]:
 
 def _brief(result: dict[str, Any] | None) -> dict[str, Any]:
     """What the pipeline's own `result.json` keeps of a step's."""
-    kept = ("status", "steps", "seconds", "metrics")
+    kept = ("status", "steps", "seconds", "metrics", "chain")
     return {key: value for key, value in (result or {}).items() if key in kept}
 
 

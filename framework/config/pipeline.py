@@ -36,7 +36,10 @@ OUTPUTS = ("run_dir", "model")
 
 FILES = ("path", "reference_path", "critic", "teacher", "judge")  # last parts of keys that hold paths
 
-GIVEN = "directory"  # the parameter by which a function learns where to write
+GIVEN = (
+    "directory",
+    "trusted",
+)  # parameters by which a function learns where to write, and whose code may run
 
 _REFERENCE = re.compile(r"\$\{\s*stages\.([^.}\s]+)\.?([^}\s]*)\s*\}")
 _STAGE_KEY = re.compile(r"(?P<prefix>\+{0,2}|~)stages\.(?P<stage>[^.=]+)\.(?P<rest>.+)", re.DOTALL)
@@ -224,7 +227,7 @@ def _function(
     function = targets.find(call.target, tree.trusted_packages, key=f"stages.{stage}._target_")
     if "seed" in getattr(function, "__annotations__", {}) and "seed" not in keywords:
         call = Target.model_validate({"_target_": target, "_partial_": True, **keywords, "seed": tree.seed})
-    targets.resolve(call, tree.trusted_packages, key=f"stages.{stage}", supplied=(GIVEN,))
+    targets.resolve(call, tree.trusted_packages, key=f"stages.{stage}", supplied=GIVEN)
     for key, path in _paths(call.keywords):
         _expect(key, path, run_dir, earlier)
     mark = digest({"_target_": call.target, **call.keywords})

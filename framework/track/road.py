@@ -3,7 +3,8 @@
 Made from the files of the pipeline's directory and of its steps' (config.yaml, metrics.jsonl, result.json),
 so it can be made again at any time: python -m framework.track.road RUN_DIR
 What a step did not measure is simply absent. A function's result.json may bring `measured` (by model: a
-number, or [value, low, high] of a 95 % interval) `against` one of them, `samples` (rows) and `facts`.
+number, or [value, low, high] of a 95 % interval) `against` one of them, `samples` (rows), `facts`, and a
+`chain` of tasks (`track.chain`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from framework.track import jsonl, parts
+from framework.track import chain, jsonl, parts
 from framework.track.chart import Points, chart, number
 from framework.track.page import PAGE
 from framework.track.parts import Record
@@ -70,12 +71,14 @@ def render(stages: Sequence[Stage], *, name: str, status: str) -> str:
     measured = {m: values for stage in stages for m, values in stage.result.get("measured", {}).items()}
     samples = [row for stage in stages for row in stage.result.get("samples", ())]
     against = next((stage.result["against"] for stage in stages if "against" in stage.result), "the start")
+    chains = [stage.result["chain"] for stage in stages if "chain" in stage.result]
     finished = [stage for stage in stages if stage.result.get("status") == "done"]
     seconds = sum(stage.result.get("seconds", 0.0) for stage in finished)
     about = f"{len(finished)} of {len(stages)} steps done · {parts.duration(seconds)}"
     sections = [
         parts.section("", _tiles(stages, measured), "tiles"),
         parts.section("The road", _road(measured, against), "scroll"),
+        parts.section("Learnt, kept, lost", "".join(map(chain.figures, chains))),
         parts.section("Curves", _curves(stages), "charts"),
         parts.section("Samples along the way", parts.samples(samples), "samples"),
         parts.section("Steps", "".join(map(_step, stages)), "samples"),

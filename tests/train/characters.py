@@ -2,11 +2,12 @@
 
 Rows are `Rabcd=dcba>`: a task's letter and a word, then the answer. C copies, R reverses, S sorts, F knows
 what belongs to a word (facts, half of which can be replayed), and K shifts every letter by three, which is
-learnt after the others.
+learnt after the others. KK shifts by five, for what comes after that.
 """
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 LETTERS = "abcdefghijkl"
@@ -64,17 +65,23 @@ def row(task: str, given: str) -> dict[str, str]:
         "C": given,
         "R": given[::-1],
         "S": "".join(sorted(given)),
-        "K": "".join(LETTERS[(LETTERS.index(c) + 3) % len(LETTERS)] for c in given),
+        "K": shifted(given, 3),
+        "KK": shifted(given, 5),
     }[task]
     return {"prompt": f"{task}{given}=", "completion": f"{answer}>"}
 
 
-def rows(tasks: str, count: int, seed: str) -> list[dict[str, str]]:
+def shifted(given: str, by: int) -> str:
+    return "".join(LETTERS[(LETTERS.index(c) + by) % len(LETTERS)] for c in given)
+
+
+def rows(tasks: Sequence[str], count: int, seed: str) -> list[dict[str, str]]:
     return [row(task, word(f"{seed} {task} {i}")) for i in range(count) for task in tasks]
 
 
 def write_data(directory: Path) -> dict[str, Path]:
-    """learn: skills and facts; replay: some of them; skills, facts: to probe; cipher; held: more of it."""
+    """learn: skills and facts; replay: some of them; skills, facts: to probe; cipher; held: more of it;
+    second, second_held: of the cipher after that."""
     facts = [
         {"prompt": f"F{word(f'fact {i}', 3)}=", "completion": f"{word(f'means {i}', 3)}>"} for i in range(40)
     ]
@@ -88,6 +95,8 @@ def write_data(directory: Path) -> dict[str, Path]:
         "facts": facts[20:],
         "cipher": rows("K", 1500, "cipher"),
         "held": rows("K", 100, "held"),
+        "second": rows(["KK"], 1500, "second"),
+        "second_held": rows(["KK"], 100, "held"),
     }
     for name, each in sets.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in each))
