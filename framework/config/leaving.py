@@ -62,9 +62,9 @@ def leave(prepared: Prepared) -> None:
 
 def write(where: Path, grown: Buffer, shards: dict[str, list[Line]]) -> None:
     """A directory that appears in one rename, each of its files on the disk before."""
-    for debris in where.parent.glob(f"{where.name}.*"):
-        shutil.rmtree(debris)
     written, aside = (where.with_name(f"{where.name}.{word}") for word in ("tmp", "aside"))
+    for debris in (written, aside):  # of a start that was killed
+        shutil.rmtree(debris, ignore_errors=True)
     written.mkdir(parents=True)
     for shard, rows in shards.items():
         commit.write(written / f"{shard}.jsonl", [buffer.encoded(rows)])
