@@ -55,7 +55,9 @@ def fed(run: Run) -> tuple[Run, Carried | None]:
         excluded = frozenset((*left.excluded, *replay.excluded))
         drawn = _drawn(run, left, found, excluded) if replay.carry is not None else ()
         carried = Carried(left, found, excluded, drawn)
-        replay = replay.model_copy(update={"sources": (*replay.sources, *drawn)})
+        if drawn:
+            own = tuple(each.model_copy(update={"weight": each.weight or 1.0}) for each in replay.sources)
+            replay = replay.model_copy(update={"sources": (*own, *drawn)})
     if replay.carry is not None and not replay.sources:
         replay = replay.idle
     return run.model_copy(update={"replay": replay}), carried
@@ -120,11 +122,10 @@ def _found(run: Run) -> Path | None:
 def _drawn(run: Run, left: Buffer, directory: Path, excluded: frozenset[str]) -> tuple[Source, ...]:
     """A file in the cache for each stratum, named by its content; not for what the run is given itself.
 
-    Beside sources with weights each stratum has the weight 1.
+    All weigh the same: by their rows a short stage would hardly be rehearsed beside a long one.
     """
     files = [own for own in run.replay.sources if own.path != SELF]
     given = {sources.locate(sources.Source(**own.model_dump())).digest for own in files}
-    weight = 1.0 if any(own.weight is not None for own in run.replay.sources) else None
     place = Path(run.data.cache_dir).expanduser() / DIRECTORY
     drawn = []
     for stratum in left.strata:
@@ -145,7 +146,7 @@ def _drawn(run: Run, left: Buffer, directory: Path, excluded: frozenset[str]) ->
                 Source(
                     path=str(path),
                     format=stratum.format,  # type: ignore[arg-type]
-                    weight=weight,
+                    weight=1.0,
                     name=stratum.name,
                     licence=stratum.licence,
                 )

@@ -97,6 +97,8 @@ def test_beside_weighted_sources_a_stratum_weighs_one(stage):
     own = f"replay.sources=[{{path: {stage.at}/general.jsonl, weight: 3}}]"
     b = stage("b", rows("b"), *CARRIED, own, start="a")
     assert [table.weight for table in b.tables] == [None, 3.0, 1.0]
+    plain = stage("d", rows("d"), *CARRIED, own.replace(", weight: 3", ""), start="a", leave=False)
+    assert [table.weight for table in plain.tables] == [None, 1.0, 1.0]
     replayed = [pick.source for pick in b.mixture.picks(0, 1000) if pick.source > 0][:40]
     assert abs(replayed.count(1) - 30) <= 1
     # given again by hand it is not carried beside: the next stage has it once

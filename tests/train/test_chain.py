@@ -111,7 +111,7 @@ def killed(command, places):
     """The buffers as two kills have left them: inside the cipher's training, and before the second's."""
     kill_once(command, lambda: any(places["cipher"].glob("checkpoints/step-*0")))
     inside = {name: (places[name] / "buffer/manifest.json").read_bytes() for name in ("skills", "cipher")}
-    kill_once(command, lambda: (places["cipher"] / "result.json").exists())
+    kill_once(command, lambda: (directory.result(places["cipher"]) or {}).get("status") == "done")
     assert not (places["second"] / "buffer").exists()
     return inside
 
