@@ -26,7 +26,7 @@ CHAIN = """
 common:
   replay: fixed
   replay.carry: auto
-  replay.fraction: 0.15
+  replay.fraction: 0.2
   steps: 200
   optim.lr: 1.0e-3
   checkpoint.every: 40
@@ -147,7 +147,7 @@ def test_the_share_is_exact_over_the_kill(places, finished):
         owed = 0.0
         for line in steps:
             replayed = sum(line[f"trained_tokens/{name}"] for name in carried)
-            owed += 0.15 * line["trained_tokens"] - replayed
+            owed += 0.2 * line["trained_tokens"] - replayed
             assert abs(owed) <= 6  # an answer has five tokens and an end
     said = [line["message"] for line in lines(places["skills"], "event")]
     assert any("nothing to rehearse" in message for message in said)
