@@ -14,19 +14,16 @@ from typing import Any
 
 import torch
 
-from framework.config import carrying, environment, probes, record, selfmade, targets, vocabulary
+from framework.config import carrying, environment, probes, record, selfmade, tabled, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
 from framework.config.stage import ONLINE, SUPERVISED, Distill, Grpo, Ppo
-from framework.data import answers, prompts
-from framework.data import tables as tokenised
-from framework.data.mixture import Group, Mixture
+from framework.data import prompts
+from framework.data.mixture import Mixture
 from framework.data.prompts import PromptTable
-from framework.data.sources import Source
 from framework.data.tables import Table
 from framework.data.tokenise import Progress
-from framework.errors import ConfigError
 from framework.losses.inputs import inputs
 from framework.losses.items import Items
 from framework.models import actor_critic, answering, freezing, load
@@ -158,26 +155,26 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     given, held_out = environment.sources(run)
     run, carried = carrying.fed(run)
     inspected = replace(inspected, run=run)
-    read = partial(read_tables, inspected, progress=progress)
-    text = partial(_read_text, inspected, progress=progress)
+    read = partial(tabled.read, inspected, progress=progress)
+    text = partial(tabled.text, inspected, progress=progress)
     mixed, online = run.stage.name in SUPERVISED, run.stage.name in ONLINE
     train_tables, retention = read(given), text(run.evaluate.retention)
     held_out_tables = () if online else read(held_out)
     asked = [*run.evaluate.prompts, *(held_out if online else ())]
-    questions = _read_prompts(inspected, asked, progress=progress) if asked else ()
+    questions = tabled.questions(inspected, asked, progress=progress) if asked else ()
     # Last: the start model may have to write it, and what else is refused is refused before.
     replay_tables = carrying.read(run, carried, selfmade.sources_of(run, inspected.description), text)
     if online:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
     else:
         mixture = Mixture(
-            group(train_tables),
-            group(replay_tables) if replay_tables and mixed else None,
+            tabled.group(train_tables),
+            tabled.group(replay_tables) if replay_tables and mixed else None,
             fraction=run.replay.fraction,
             seed=run.seed,
             shuffle=run.data.shuffle,
         )
-    named = _distinct([*train_tables, *replay_tables])
+    named = tabled.distinct([*train_tables, *replay_tables])
     fisher = run.protect.importance == "fisher"
     important = (text(run.protect.sources) or replay_tables) if fisher else []
     carrying.check(run, carried, [table.name for table in named])
@@ -192,7 +189,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         questions=questions,
         mixture=mixture,
         steps=steps,
-        probes=probes.prepare(run, retention, [*named, *important], steps, _reading(inspected)),
+        probes=probes.prepare(run, retention, [*named, *important], steps, tabled.options(inspected)),
         carried=carried,
     )
 
@@ -322,67 +319,6 @@ def learning_rate(prepared: Prepared) -> Schedule:
     )
 
 
-def read_tables(
-    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
-) -> list[Any]:
-    """Tables of some of the run's sources in the form that its stage learns from; cached."""
-    stage = inspected.run.stage
-    if stage.name in ONLINE:
-        return _read_prompts(inspected, sources, progress=progress)
-    if stage.name in SUPERVISED:
-        return _read_text(inspected, sources, progress=progress)
-    given = [Source(**source.model_dump()) for source in sources]
-    if inspected.unpaired:
-        return answers.prepare_labelled(given, progress=progress, **_reading(inspected))
-    return answers.prepare_comparisons(
-        given,
-        margin_from_scores=stage.margin_from_scores,  # type: ignore[union-attr]
-        progress=progress,
-        **_reading(inspected),
-    )
-
-
-def _read_text(
-    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None, **changes: Any
-) -> list[Table]:
-    given = [Source(**source.model_dump()) for source in sources]
-    reading = {**_reading(inspected), "train_on": inspected.run.data.train_on, **changes}
-    return tokenised.prepare(given, progress=progress, **reading)
-
-
-def _read_prompts(
-    inspected: Inspected, sources: Sequence[Any], *, progress: Progress | None = None
-) -> list[PromptTable]:
-    reading = _reading(inspected)
-    most = reading.pop("max_length") - inspected.run.rollout.max_new_tokens
-    if most < 1:
-        raise ConfigError(
-            f"rollout.max_new_tokens={inspected.run.rollout.max_new_tokens} leaves no room for a prompt in "
-            f"data.max_length={inspected.run.data.max_length}; type rollout.max_new_tokens="
-            f"{inspected.run.data.max_length // 2}"
-        )
-    given = [Source(**source.model_dump()) for source in sources]
-    online = inspected.run.stage.name in ONLINE
-    if not online and reading["truncation"] not in ("error", "drop"):
-        reading["truncation"] = "drop"  # the setting is about what is learnt, and a question is never cut
-    return prompts.prepare(given, max_prompt_tokens=most, progress=progress, **reading)
-
-
-def _reading(inspected: Inspected) -> dict[str, Any]:
-    """How every table is read."""
-    run, description = inspected.run, inspected.description
-    return {
-        "tokenizer": description.tokenizer,
-        "chat_template": run.model.chat_template,
-        "max_length": run.data.max_length,
-        "truncation": run.data.truncation,
-        "on_bad_row": run.data.on_bad_row,
-        "cache_dir": run.data.cache_dir,
-        "workers": run.data.workers,
-        "vocab_size": description.vocab_size,
-    }
-
-
 def uses_adapter(inspected: Inspected) -> bool:
     """Whether the policy without its adapter is the model that training began with."""
     return adapter_of(inspected.run) is not None and inspected.reference is None
@@ -390,22 +326,3 @@ def uses_adapter(inspected: Inspected) -> bool:
 
 def adapter_of(run: Run) -> Mapping[str, Any] | None:
     return None if run.adapter.kind == "full" else run.adapter.model_dump()
-
-
-def group(tables: Sequence[Table]) -> Group:
-    weights = [table.weight for table in tables]
-    given = [weight for weight in weights if weight is not None]
-    return Group([table.trained for table in tables], given or None)
-
-
-def _distinct(tables: Sequence[Table]) -> list[Table]:
-    """The same tables with no name twice, since replay may come from a file named like one of data.train."""
-    taken: set[str] = set()
-    named = []
-    for table in tables:
-        name = table.name
-        while name in taken:
-            name += "-replay"
-        taken.add(name)
-        named.append(replace(table, name=name))
-    return named

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from framework.config import build, stages
+from framework.config import stages, tabled
 from framework.config.build import Prepared
 from framework.config.steering import Steering
 from framework.data.loader import Loader
@@ -148,7 +148,7 @@ def _importance(prepared: Prepared, world: World, engine: Engine, *, resumed: bo
     if resumed:
         return copied(engine)
     tables = prepared.important
-    rows = Mixture(build.group(tables), None, fraction=0.0, seed=run.seed, shuffle=True)
+    rows = Mixture(tabled.group(tables), None, fraction=0.0, seed=run.seed, shuffle=True)
     sequences = min(FISHER_SEQUENCES, run.batch.sequences)
     loader = Loader(tables, rows, sequences=sequences, **stages.cut_of(prepared, world)._asdict())
     steps = [loader.next().micros for _ in range(-(-asked.rows // sequences))]

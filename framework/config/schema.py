@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from framework.config import pairs
+from framework.config import pairs, protect, replay, synthesis
 from framework.config.nodes import (
     Batch,
     Checkpoint,
@@ -34,7 +34,6 @@ from framework.config.nodes import (
     Optim,
     Positive,
     Qlora,
-    Replay,
     Retain,
     Target,
     Text,
@@ -44,6 +43,7 @@ from framework.config.nodes import (
     refuse,
 )
 from framework.config.protect import Protect
+from framework.config.replay import Replay
 from framework.config.stage import (
     ONLINE,
     SUPERVISED,
@@ -145,9 +145,9 @@ class Run(Node):
                 "no dropout",
                 "adapter.dropout=0",
             )
-        self._rehearsed()
-        self._protected()
-        self._synthesised()
+        replay.check(self)
+        protect.check(self)
+        synthesis.check(self)
         self._online()
         pairs.check(self)
         world_size = self.launch.nproc * self.launch.nnodes
@@ -184,114 +184,6 @@ class Run(Node):
                 "one of the two",
                 "data.train=[] data.eval=[], or to judge your own rows with its score reward=none "
                 f"'reward.functions=[{{_target_: {environment.target}}}]'",
-            )
-
-    def _rehearsed(self) -> None:
-        """Replay is mixed into supervised data and a term of its own beside any other."""
-        watched = self.retain.builtin or self.evaluate.retention
-        held = self.replay.fed or self.protect.chosen
-        if self.replay.max_forgetting is not None and not (watched and held):
-            raise refuse(
-                "replay.max_forgetting, " + ("replay.sources" if watched else "evaluate.retention"),
-                "a budget of forgetting and "
-                + ("nothing that could keep it" if watched else "nothing it is measured on"),
-                "data to replay or another protection, and text to watch",
-                "'replay.sources=[{path: general.jsonl}]' or protect=interpolate"
-                if watched
-                else "retain=default",
-            )
-        if self.stage.name in SUPERVISED and self.replay.scale is not None:
-            raise refuse(
-                "replay.scale, stage.name",
-                "a term of its own beside supervised data, where replay is mixed in",
-                "a share of the trained tokens",
-                "replay=fixed",
-            )
-        if self.stage.name not in SUPERVISED and self.replay.fraction > 0:
-            raise refuse(
-                "replay.fraction, stage.name",
-                f"a share of {self.replay.fraction:g} of the trained tokens in stage {self.stage.name}",
-                "a coefficient, since its losses are not of tokens to imitate",
-                "replay=term",
-            )
-        if self.stage.name == "distill" and self.replay.objective == "start":
-            raise refuse(
-                "replay.objective, stage.name",
-                "replay that follows the start model in stage distill, where all text follows the teacher",
-                "one to follow",
-                "replay.objective=text",
-            )
-        if self.stage.name == "reward" and self.replay.fed:
-            raise refuse(
-                "replay.sources, stage.name",
-                "text to rehearse, and a reward model, which writes none",
-                "no replay",
-                "replay=none",
-            )
-
-    def _protected(self) -> None:
-        """What a protection needs of the rest of the tree."""
-        protect = self.protect
-        if protect.interpolate == "budget" and self.replay.max_forgetting is None:
-            raise refuse(
-                "protect.interpolate, replay.max_forgetting",
-                "the way back to the start until a budget is kept, and no budget",
-                "how much may be forgotten, or a fixed share",
-                "replay.max_forgetting=0.05 or protect.interpolate=0.5",
-            )
-        if self.adapter.kind != "full" and (protect.pull > 0 or protect.freeze):
-            key = "pull" if protect.pull > 0 else "freeze"
-            raise refuse(
-                f"protect.{key}, adapter",
-                f"protect.{key} of the model's weights, and adapter={self.adapter.kind}, which changes none "
-                "of them",
-                "a protection of what an adapter adds",
-                "protect=interpolate, protect=average, protect=low_rate or a lower adapter.rank",
-            )
-        if protect.importance == "fisher" and not (protect.sources or self.replay.fed):
-            raise refuse(
-                "protect.importance, protect.sources",
-                "weights that matter for text, and no text",
-                "some of what must not be forgotten",
-                "'protect.sources=[{path: general.jsonl}]'",
-            )
-
-    def _synthesised(self) -> None:
-        """What the start model writes is to be replayed, and only that."""
-        given = {
-            "data.train": self.data.train,
-            "data.eval": self.data.eval,
-            "evaluate.retention": self.evaluate.retention,
-            "evaluate.prompts": self.evaluate.prompts,
-        }
-        if misplaced := [key for key, sources in given.items() if any(s.path == SELF for s in sources)]:
-            raise refuse(
-                misplaced[0],
-                f"{SELF}, text of the start model's own",
-                f"{SELF} in replay.sources, or a file that launch/synthesise.py wrote",
-                "replay=synthesised",
-            )
-        asked = sum(source.path == SELF for source in self.replay.sources)
-        if asked > 1:
-            raise refuse(
-                "replay.sources",
-                f"{SELF} {asked} times, of which each is the same text",
-                "it once",
-                "synthesis.rows=NUMBER for more of it",
-            )
-        if asked and self.model.init == "random":
-            raise refuse(
-                "replay.sources, model.init",
-                f"{SELF} and a start model with new random weights, which has nothing to say",
-                "a model that was trained",
-                "model.init=pretrained or replay=none",
-            )
-        if asked and self.synthesis.max_new_tokens >= self.data.max_length:
-            raise refuse(
-                "synthesis.max_new_tokens, data.max_length",
-                f"answers of {self.synthesis.max_new_tokens} tokens in examples of {self.data.max_length}",
-                "room for a request before them",
-                f"synthesis.max_new_tokens={max(1, self.data.max_length // 2)}",
             )
 
     @property

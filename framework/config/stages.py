@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.batch import Batch, Distribution, Outputs
-from framework.config import build, judging, remembering, vocabulary
+from framework.config import build, judging, remembering, tabled, vocabulary
 from framework.config.build import Inspected, Prepared
 from framework.config.stage import ONLINE, Correction, Distill, Grpo, OnPolicy, Ppo, Preference
 from framework.data import collate, pack, pairs, shared
@@ -147,7 +147,7 @@ def _replay(prepared: Prepared, world: World, engine: Engine) -> Replay | None:
     if chosen.scale is None:
         return None
     assert chosen.sequences is not None  # the schema: both or none
-    mixture = Mixture(build.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
+    mixture = Mixture(tabled.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
     loader = Loader(prepared.replay, mixture, sequences=chosen.sequences, **cut_of(prepared, world)._asdict())
     return Replay(
         loader,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from framework.config.nodes import Replay
+from framework.config.replay import Replay
 from framework.strategy.base import World
 from framework.train.budget import Controller, Decision, Reading, Rules, Verdict, resolvable
 from framework.train.retain import Change, relative

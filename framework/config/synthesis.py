@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from framework.config.nodes import Launch, Model, Node, Positive, RewardFunction, Source, Text
+from framework.config.nodes import Launch, Model, Node, Positive, RewardFunction, Source, Text, refuse
+
+if TYPE_CHECKING:
+    from framework.config.schema import Run
 
 SELF = "self:"
 """The path of a source of `replay.sources` that the run's start model writes."""
@@ -41,3 +44,42 @@ class Order(Node):
     refresh: tuple[Source, ...]  # rows to be answered anew; then nothing else is written
     score: RewardFunction | None
     trusted_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], ...]
+
+
+def check(run: Run) -> None:
+    """What the start model writes is to be replayed, and only that."""
+    given = {
+        "data.train": run.data.train,
+        "data.eval": run.data.eval,
+        "evaluate.retention": run.evaluate.retention,
+        "evaluate.prompts": run.evaluate.prompts,
+    }
+    if misplaced := [key for key, sources in given.items() if any(s.path == SELF for s in sources)]:
+        raise refuse(
+            misplaced[0],
+            f"{SELF}, text of the start model's own",
+            f"{SELF} in replay.sources, or a file that launch/synthesise.py wrote",
+            "replay=synthesised",
+        )
+    asked = sum(source.path == SELF for source in run.replay.sources)
+    if asked > 1:
+        raise refuse(
+            "replay.sources",
+            f"{SELF} {asked} times, of which each is the same text",
+            "it once",
+            "synthesis.rows=NUMBER for more of it",
+        )
+    if asked and run.model.init == "random":
+        raise refuse(
+            "replay.sources, model.init",
+            f"{SELF} and a start model with new random weights, which has nothing to say",
+            "a model that was trained",
+            "model.init=pretrained or replay=none",
+        )
+    if asked and run.synthesis.max_new_tokens >= run.data.max_length:
+        raise refuse(
+            "synthesis.max_new_tokens, data.max_length",
+            f"answers of {run.synthesis.max_new_tokens} tokens in examples of {run.data.max_length}",
+            "room for a request before them",
+            f"synthesis.max_new_tokens={max(1, run.data.max_length // 2)}",
+        )

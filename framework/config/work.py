@@ -23,6 +23,7 @@ from framework.config import (
     shortage,
     speed,
     stages,
+    tabled,
 )
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
@@ -275,7 +276,7 @@ def _measure(prepared: Inspected, world: World, checkpoint: Path) -> tuple[int, 
         stage = stages.build_stage(prepared, world, engine, judging.build_rollout(prepared, world))
         terms = stage.held_out()
     else:
-        tables = build.read_tables(prepared, run.data.eval)
+        tables = tabled.read(prepared, run.data.eval)
         sets = stages.held_out_sets(prepared, tables, world)
         objective = remembering.held_out(prepared)
         terms = {name: Term(objective, micros) for name, micros in sets.items()}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from framework.config.nodes import Replay
+from framework.config.replay import Replay
 from framework.config.steering import Steering
 from framework.train.retain import Change
 
