@@ -1,6 +1,7 @@
 """The plan of the house, read off the source: who imports whom, one home per library, nothing dangerous."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,15 @@ def test_rooms_import_only_what_the_plan_allows():
 def test_every_room_is_in_the_plan():
     rooms = {path.parent.name for path in FRAMEWORK if path.parent != ROOT / "framework"}
     assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_the_page_on_the_house_names_every_file_of_a_room(room):
+    """ARCHITECTURE.md's table of rooms is what a reader finds a file by."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{room}/` |"))
+    files = {path.stem for path in FRAMEWORK if path.parent.name == room} - {"__init__"}
+    assert files <= set(re.findall(r"`(\w+)`", row)), files - set(re.findall(r"`(\w+)`", row))
 
 
 def test_losses_stand_on_torch_alone():
