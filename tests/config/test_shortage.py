@@ -143,6 +143,7 @@ def test_a_run_whose_engine_fails_says_so_and_records_the_failure(monkeypatch):
     monkeypatch.setattr(work.build, "prepare", lambda run: SimpleNamespace(run=run))
     monkeypatch.setattr(work, "_join", lambda run, closing: SimpleNamespace(rank=0, device=CUDA))
     monkeypatch.setattr(work, "agree", lambda prepared, world: None)
+    monkeypatch.setattr(work.leaving, "leave", lambda prepared: None)
     monkeypatch.setattr(work.build, "checkpointer", lambda prepared, world: None)
     monkeypatch.setattr(work, "_resume", lambda run, checkpoints: None)
     monkeypatch.setattr(work, "open_tracker", lambda *_, **__: SimpleNamespace(close=ended.append))

@@ -13,14 +13,15 @@ POLICY_GRADIENTS = {
     *("cispo", "dapo", "dr_grpo", "gmpo", "grpo", "gspo", "ppo"),
     *("reinforce", "reinforce_plus_plus", "rloo", "sapo"),
 }
+SUPERVISED = {"sft", "dft", "stm", "flow"}
 DIVERGENCES = {"forward_kl", "jsd", "reverse_kl"}
 FITTING = {
-    "sft": {"sft", "dft"},
+    "sft": SUPERVISED,
     "distill": DIVERGENCES,
     "reward": {"reward"},
     "ppo": POLICY_GRADIENTS,
     "grpo": POLICY_GRADIENTS,
-    "preference": set(GROUPS["loss"]) - {"sft", "dft", "reward"} - POLICY_GRADIENTS - DIVERGENCES,
+    "preference": set(GROUPS["loss"]) - SUPERVISED - {"reward"} - POLICY_GRADIENTS - DIVERGENCES,
 }
 """Which losses go with which stage: a loss that nothing names here is one of preferences."""
 GIVEN = ["model.path=some/model", "data.train=[{path: rows.jsonl}]", "reward=verifier"]
