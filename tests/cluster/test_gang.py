@@ -210,7 +210,7 @@ def test_a_sweep_ends_only_what_carries_the_mark():
 
 def test_a_log_keeps_what_would_be_left_on_paper(tmp_path):
     """A live line is drawn over and over and may come in any pieces; it is not piled up meanwhile."""
-    log = Log(tmp_path / "rank-0.log")
+    log = Log(tmp_path / "rank-0.log", str)
     for step in range(1000):
         for piece in (b"\r\x1b[", f"2Kstep {step}".encode()):
             log.write(piece)

@@ -45,7 +45,7 @@ def train(tmp_path_factory, tiny_model_dir):
 
 def lines(run_dir):
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "tokens_per_s", "peak_memory_bytes")
+    times = ("seconds", "tokens_per_s", "tflops", "peak_memory_bytes")
     return [{k: v for k, v in line.items() if k not in times} for line in found if line["kind"] == "train"]
 
 

@@ -75,7 +75,7 @@ def lines(run_dir, kind):
         line = json.loads(text)
         if line["kind"] == kind:
             assert line["step"] not in found, f"step {line['step']} stands twice in metrics.jsonl"
-            times = ("seconds", "tokens_per_s", "peak_memory_bytes", "time")
+            times = ("seconds", "tokens_per_s", "tflops", "peak_memory_bytes", "time")
             found[line["step"]] = {name: value for name, value in line.items() if name not in times}
     return found
 
