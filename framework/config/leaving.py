@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from framework.config import environment
+from framework.config import environment, selfmade
 from framework.config.build import Prepared
 from framework.config.carrying import DIRECTORY
 from framework.config.nodes import Source
@@ -122,7 +122,7 @@ def _own(prepared: Prepared) -> Iterator[Own]:
     run, carried = prepared.run, prepared.carried
     given = environment.sources(run)[0]
     labelled = [(source, str(run.stage.name)) for source in given]
-    labelled += [(source, "replay") for source in run.replay.sources]
+    labelled += [(source, "replay") for source in selfmade.sources_of(run, prepared.description)]
     tables = (*prepared.tables, *prepared.replay)
     for (source, stage), table, seen in zip(labelled, tables, _seen(prepared), strict=True):
         if carried is None or source not in carried.sources:
