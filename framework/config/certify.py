@@ -24,7 +24,10 @@ BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"loss": 1e-5, "gradient": 1e-5, "weights": 1e-5},
     "bf16": {"loss": 2e-2, "gradient": 5e-2, "weights": 2e-2},
 }
-"""Largest relative difference of each that is agreement. See `docs/certificate.md` for why these."""
+"""Largest relative difference of each that is agreement.
+
+fp32: some hundred roundings; AdamW runs with eps 1e-6, or entries whose gradient is rounding alone would take
+full steps. bf16: not measured yet, wide enough for 8 bits of mantissa."""
 
 PATIENCE_S = 600
 """For one cell: many times what the slowest takes, and an end to one that hangs."""
