@@ -91,7 +91,8 @@ class Wandb:
 
     def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
         if kind != "event":
-            self._work.put(lambda run: self._send(run, kind, metrics, step))
+            kept = dict(metrics)  # whoever reports may fill the same mapping anew before the thread gets to it
+            self._work.put(lambda run: self._send(run, kind, kept, step))
 
     def artifact(self, path: Path, *, kind: str) -> None:
         if self._checkpoints and kind in ("checkpoint", "model"):
