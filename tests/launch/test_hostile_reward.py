@@ -1,6 +1,7 @@
 """Rewards that loop, exit, raise or eat memory, in runs of launch/train.py: no hang, no wrong number.
 
-A few failures are counted and left out; when too many answers fail the run stops and names the reward.
+A few failures are counted and left out; when too many answers fail the run stops and names the reward. A
+run's rows commit all four crimes, side by side in the same rollout.
 """
 
 import json
@@ -36,14 +37,15 @@ def fail():
 CRIMES = {"loop": loop, "exit": lambda: os._exit(0), "eat": eat, "fail": fail}
 
 
-def judge(answer, row, *, crime):
-    """Commits the crime on rows that ask for it."""
-    if row["guilty"]:
-        CRIMES[crime]()
+def judge(answer, row, *, only=None):
+    """Commits the row's crime, if any, or `only` in its place."""
+    if row["crime"]:
+        CRIMES[only or row["crime"]]()
     return float(len(set(answer.lower()) & set("aeiou")) > 2)
 '''
-KINDS = {"loop": {"timeout"}, "exit": {"crash"}, "fail": {"exception"}, "eat": {"exception", "crash"}}
-PROMPTS, SAMPLES = 12, 2
+CRIMES = ("loop", "exit", "eat", "fail")
+ENDS = {"timeout", "crash", "exception"}  # of a call: by its time, by its process' death, by what it raised
+PROMPTS, SAMPLES = 48, 2
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +53,19 @@ def place(tmp_path_factory):
     """The reward in a package of the user's own, and prompts of which one in twelve or all are guilty."""
     place = tmp_path_factory.mktemp("hostile")
     (place / "wicked.py").write_text(MODULE)
-    for name, guilty in {"few": lambda i: i % PROMPTS == 3, "all": lambda i: True}.items():
+    for name, every in {"few": 12, "all": 1}.items():
         rows = [
-            {"prompt": [{"role": "user", "content": f"one two {i}"}], "guilty": guilty(i)}
+            {
+                "prompt": [{"role": "user", "content": f"one two {i}"}],
+                "crime": None if i % every else CRIMES[i // every % len(CRIMES)],
+            }
             for i in range(2 * PROMPTS)
         ]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
 
 
-def train(place, model, run_dir, crime, data):
+def train(place, model, run_dir, data, *settings):
     return subprocess.run(
         [
             sys.executable,
@@ -72,7 +77,7 @@ def train(place, model, run_dir, crime, data):
             "data.shuffle=false",
             "data.max_length=64",
             "trusted_packages=[wicked]",
-            f"reward.functions=[{{_target_: wicked.judge, crime: {crime}}}]",
+            "reward.functions=[{_target_: wicked.judge}]",
             "reward.timeout_s=0.5",
             "reward.memory_mib=256",
             "reward.workers=1",
@@ -88,6 +93,7 @@ def train(place, model, run_dir, crime, data):
             "tracker.report=false",
             "tracker.every=1",
             f"run_dir={run_dir}",
+            *settings,
         ],
         env={**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -122,37 +128,41 @@ def still_there(run_dir, patience_s=10.0):
     return left
 
 
-@pytest.mark.parametrize("crime", KINDS)
-def test_a_few_failures_are_counted_and_left_out(crime, place, tiny_model_dir, tmp_path):
-    """Two of 24 answers: 8 % with 10 % allowed. What the other 22 are worth stays what it was."""
-    done = train(place, tiny_model_dir, tmp_path, crime, "few")
+@pytest.fixture(scope="module")
+def few(place, tiny_model_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("few")
+    done = train(place, tiny_model_dir, run_dir, "few")
     assert done.returncode == 0, done.stdout + done.stderr
-    rollouts = lines(tmp_path, "rollout")
+    return run_dir
+
+
+def test_a_few_failures_are_counted_and_left_out(few):
+    """Eight of 96 answers, two by each crime, with 10 % allowed."""
+    rollouts = lines(few, "rollout")
     assert len(rollouts) == 2
     for rollout in rollouts:
         failed = {
             k.rpartition("/")[2]: v for k, v in rollout.items() if k.startswith("reward_failures/") and v
         }
-        assert failed.keys() <= KINDS[crime]
-        assert sum(failed.values()) == SAMPLES
-        assert rollout["reward_failed_share"] == pytest.approx(1 / PROMPTS)
-        assert rollout["counted_share"] == pytest.approx(1 - 1 / PROMPTS)
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines(tmp_path, "train"))
-    assert still_there(tmp_path) == []
+        assert failed.keys() == ENDS
+        assert failed["timeout"] == SAMPLES
+        assert sum(failed.values()) == len(CRIMES) * SAMPLES
+        assert rollout["reward_failed_share"] == pytest.approx(1 / 12)
+        assert rollout["counted_share"] == pytest.approx(1 - 1 / 12)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines(few, "train"))
+    assert still_there(few) == []
 
 
-def test_how_a_reward_fails_does_not_change_what_is_learnt(place, tiny_model_dir, tmp_path):
+def test_how_a_reward_fails_does_not_change_what_is_learnt(few, place, tiny_model_dir, tmp_path):
     """An answer whose judge died and one whose judge raised are both left out: losses agree bit for bit."""
-    curves = []
-    for crime in ("exit", "fail"):
-        assert train(place, tiny_model_dir, tmp_path / crime, crime, "few").returncode == 0
-        curves.append([(line["loss"], line["grad_norm"]) for line in lines(tmp_path / crime, "train")])
+    raising = "reward.functions=[{_target_: wicked.judge, only: fail}]"
+    assert train(place, tiny_model_dir, tmp_path, "few", raising).returncode == 0
+    curves = [[(line["loss"], line["grad_norm"]) for line in lines(run, "train")] for run in (few, tmp_path)]
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("crime", KINDS)
-def test_a_run_whose_reward_fails_too_often_stops_and_names_it(crime, place, tiny_model_dir, tmp_path):
-    done = train(place, tiny_model_dir, tmp_path, crime, "all")
+def test_a_run_whose_reward_fails_too_often_stops_and_names_it(place, tiny_model_dir, tmp_path):
+    done = train(place, tiny_model_dir, tmp_path, "all", "stage.prompts=12", "batch.sequences=24")
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "reward judge (wicked.judge) failed on 24 of 24 answers" in said

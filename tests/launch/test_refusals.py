@@ -4,10 +4,9 @@ The model's weights are cut in half, so that whoever reads them fails in another
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launched
 import pytest
 import tiny
 
@@ -118,13 +117,7 @@ def train(place, *overrides):
     ]
     keys = {override.partition("=")[0] for override in overrides}
     line = [override for override in line if override.partition("=")[0] not in keys]
-    return subprocess.run(
-        [sys.executable, str(TRAIN), *line, *overrides],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return launched.forked(TRAIN, *line, *overrides, cwd=place)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -15,11 +15,9 @@ from framework.config.measured import measure
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "certify.py"
 PART = [
-    Cell("sft", "zero3_offload", "dora", True, True, 2),
     Cell("sft", "zeropp", "lora", False, True, 4),
-    Cell("distill", "hsdp", "dora", True, False, 4),
-    Cell("kto", "zero1", "lora", True, True, 2),
-    Cell("ppo", "zero3_offload", "lora", True, True, 2),
+    Cell("distill", "zero3_offload", "dora", True, False, 2),
+    Cell("ppo", "zero1", "lora", True, True, 2),
 ]
 """Pairs that no other parity test has."""
 

@@ -20,11 +20,11 @@ CELLS = [
     ("fsdp", 2, "dora"),
     ("zero3", 2, "dora"),
     *((strategy, 2, "qlora") for strategy in STRATEGIES),
-    *(pytest.param(strategy, 2, "qlora", marks=pytest.mark.slow) for strategy in ("fsdp_offload", "zero2")),
     *((strategy, 2, "full") for strategy in ("hsdp", "fsdp_offload", "zero1", "zero2")),
     *(pytest.param(TWO_COPIES, 4, adapter, marks=pytest.mark.slow) for adapter in ("full", "lora")),
 ]
-"""Strategies that are variations of another one are held to less: their own tests are in tests/strategy."""
+"""Strategies that are variations of another one are held to less: their own tests are in tests/strategy, and
+all of them are in the certificate."""
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +57,27 @@ def largest_difference(gradient, expected):
 def test_every_strategy_trains_what_plain_transformers_trains(
     strategy, size, adapter, data, references, tiny_model_dir
 ):
-    """Loss, gradient, norm of the first step to 1e-5; losses of 20 steps to 1e-4; uneven, masked rows."""
+    """Loss, gradient, norm of the first step to 1e-5; losses of 20 steps to 1e-4; uneven, masked rows.
+
+    5 steps where only the adapter or a variation of the strategy is new.
+    """
     expected = references(adapter)
+    steps = 20 if strategy in STRATEGIES and adapter in ("full", "lora") else 5
     arguments = recipes.overrides(tiny_model_dir, data, data.parent, adapter=adapter)
     ranks = workers.run(
-        size, recipes.measure, [*arguments, *f"strategy={strategy}".split()], steps=20, timeout_s=180
+        size, recipes.measure, [*arguments, *f"strategy={strategy}".split()], steps=steps, timeout_s=180
     )
     assert len({tuple(rank["micros"]) for rank in ranks}) == 1
     assert max(ranks[0]["micros"]) > 1, "the step must be cut for this test to mean anything"
     assert ranks[0]["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)
     assert ranks[0]["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5)
     assert largest_difference(recipes.whole(ranks), expected["gradient"]) < 1e-5
-    assert ranks[0]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert ranks[0]["losses"] == pytest.approx(expected["losses"][:steps], rel=1e-4)
     assert all(rank["losses"] == ranks[0]["losses"] for rank in ranks)
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-@pytest.mark.parametrize("tokens", [128, 300, 4096])
+@pytest.mark.parametrize("tokens", [128, 4096])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_cut_into_micro_batches_changes_nothing(
     strategy, tokens, packing, data, references, tiny_model_dir
@@ -111,12 +115,9 @@ def test_recomputed_activations_give_the_same_gradient(
 
 
 @pytest.mark.slow  # a C++ compiler runs
-@pytest.mark.parametrize(("strategy", "adapter"), [("ddp", "lora"), ("fsdp", "full")])
-def test_compiled_blocks_give_the_same_gradient(strategy, adapter, data, references, tiny_model_dir):
-    expected = references(adapter)
-    arguments = recipes.overrides(
-        tiny_model_dir, data, data.parent, adapter=adapter, strategy=strategy, model__compile="blocks"
-    )
+def test_compiled_blocks_give_the_same_gradient(data, references, tiny_model_dir):
+    expected = references("full")
+    arguments = recipes.overrides(tiny_model_dir, data, data.parent, strategy="fsdp", model__compile="blocks")
     ranks = workers.run(2, recipes.measure, arguments, steps=2, timeout_s=600)
     assert ranks[0]["losses"] == pytest.approx(expected["losses"][:2], rel=1e-5)
     assert largest_difference(recipes.whole(ranks), expected["gradient"]) < 1e-5

@@ -150,11 +150,11 @@ def test_a_killed_launcher_leaves_no_orphan_and_the_same_line_goes_on(command, u
     same_record(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_saves_the_last_step_and_loses_nothing(number, command, undisturbed, tmp_path):
+def test_a_stop_saves_the_last_step_and_loses_nothing(command, undisturbed, tmp_path):
+    """By Ctrl-C; test_rl_kill stops by SIGTERM."""
     process = start(command, tmp_path, "checkpoint.every=null")
     wait_for_step(tmp_path, 3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     assert finish(process) == 3
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["status"] == "interrupted"
