@@ -188,7 +188,8 @@ def _train(run: Run, parts: Parts, machines: Machines | Alone) -> signal.Signals
     with tempfile.TemporaryDirectory(prefix="sapwood-") as temporary:
         handed = Path(temporary) / "run.json"
         handed.write_text(record.packed(_resumable(run)))
-        print(f"{run.run_dir}: starting {options.nproc} processes", file=sys.stderr)
+        processes = f"{options.nproc} process{'es' * (options.nproc != 1)}"
+        print(f"{run.run_dir}: starting {processes}", file=sys.stderr)
         return gang.launch(
             [sys.executable, str(parts.program), WORKER, str(handed)],
             nproc=options.nproc,
