@@ -104,21 +104,26 @@ class RolloutBatch(Batch):
 class TaughtBatch(Batch):
     """Text to imitate with what a teacher would have said: k of n tokens at each trained position."""
 
-    teacher_ids: Tensor | None  # [K, k] int64, the likeliest first; None: all n in order, so k = n
-    teacher_logps: Tensor  # [K, k] fp32 nats, in a `Distribution` over n tokens
+    teacher_ids: Tensor | None  # [K, k] int64, the likeliest first; None: see `teacher_head`
+    teacher_logps: Tensor | None  # [K, k] fp32 nats, in a `Distribution` over n tokens
+    teacher_head: Any = None  # `losses.whole.Head`, of which all n tokens come a chunk at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
     """What to answer beside the targets' log-probabilities: some of the distribution at each position.
 
-    At `ids`, or of the `likeliest`, or of all tokens that take part.
+    At `ids`, or of the `likeliest`, or of all tokens that take part. Of all, `deferred` asks for what they
+    come of, and `divergence` for a comparison with another model's such answer.
     """
 
     vocabulary: int  # n, the first so many tokens, over which the probabilities sum to 1
     temperature: float  # that divides their logits
     ids: Tensor | None = None  # [K, k] int64 below n
     likeliest: int | None = None  # k
+    deferred: bool = False
+    divergence: Any = None  # `losses.whole.Divergence`, from `teacher`
+    teacher: Any = None  # `losses.whole.Head`
 
 
 class Outputs(NamedTuple):
@@ -134,6 +139,8 @@ class Outputs(NamedTuple):
     values: Tensor | None = None  # [K] fp32, the critic's value of the state that predicts the token
     candidate_ids: Tensor | None = None  # [K, k] int64, those found where the likeliest were asked for
     candidate_logps: Tensor | None = None  # [K, k] fp32 nats, only with a `Distribution`
+    divergences: Tensor | None = None  # [K] fp32, only with one that has a divergence
+    head: Any = None  # `losses.whole.Head`, only with one that is deferred; `logps` is empty then
 
 
 class Scores(NamedTuple):

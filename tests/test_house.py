@@ -18,7 +18,7 @@ ROOMS = {
     "config": ("framework",),
     "train": ("batch", "losses.items", "stages.base", "strategy.base", "strategy.world", "track.base"),
     "stages": ("batch", "losses", "rollout.base", "rollout.experience", "strategy.base"),
-    "models": ("batch", "losses.logprobs", "losses.candidates", "strategy.base"),
+    "models": ("batch", "losses.logprobs", "losses.candidates", "losses.whole", "strategy.base"),
     "data": ("batch",),
     "rollout": ("batch",),
     "strategy": ("batch",),

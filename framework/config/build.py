@@ -18,7 +18,7 @@ from framework.config import carrying, environment, probes, record, selfmade, ta
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
-from framework.config.stage import ONLINE, SUPERVISED, Distill, Grpo, Ppo
+from framework.config.stage import ONLINE, SUPERVISED, Distill, Grpo, Ppo, writes
 from framework.data import prompts
 from framework.data.mixture import Mixture
 from framework.data.prompts import PromptTable
@@ -96,10 +96,11 @@ class Prepared(Inspected):
         if run.stage.name != "sft":
             identity["stage"] = shown["stage"]
             identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
-        if run.stage.name in ONLINE:
+        if writes(run.stage):
             identity["rollout"] = run.rollout.model_dump(
                 mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}
             )
+        if run.stage.name in ONLINE:
             identity["reward"] = {key: value for key, value in shown["reward"].items() if key != "workers"}
         for name in ("critic", "judge", "reference", "teacher"):
             if (other := getattr(self, name)) is not None:

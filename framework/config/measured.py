@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from framework.config import build, compose, judging, stages
-from framework.config.stage import ONLINE
+from framework.config.stage import ONLINE, writes
 from framework.models import load, nf4
 from framework.strategy.base import FIRST, World
 from framework.train.meter import Meter
@@ -35,14 +35,14 @@ def measure(world: World, arguments: Sequence[str], *, steps: int) -> dict[str, 
     run = compose.compose(arguments)
     prepared = build.prepare(run)
     engine = build.build_engine(prepared, world)
-    rollout = judging.build_rollout(prepared, world) if run.stage.name in ONLINE else None
+    rollout = judging.build_rollout(prepared, world) if writes(run.stage) else None
     stage = stages.build_stage(prepared, world, engine, rollout)
     rate, meter = build.learning_rate(prepared), Meter(world)
     answer: dict[str, Any] = {"lines": [], "micros": [], "rollouts": [], "tokens": []}
     for step in range(steps):
         began = stage.resting
         terms = stage.next(step)
-        if began and rollout is not None:
+        if began and run.stage.name in ONLINE:
             answer["tokens"].append([c.ids for c in stage._experience.completions])  # type: ignore[attr-defined]
         answer["rollouts"] += [
             {name: value for name, value in metrics.items() if not name.startswith("seconds")}

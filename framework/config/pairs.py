@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic_core import PydanticCustomError
 
 from framework.config.nodes import refuse
-from framework.config.stage import ONLINE
+from framework.config.stage import writes
 from framework.config.strategy import Hsdp, ZeroPlusPlus
 from framework.errors import ConfigError
 
@@ -56,7 +56,7 @@ TABLE = (
         "answers to be written while training, by a copy into which DoRA's lengths are not merged",
         "another adapter",
         "adapter=lora",
-        lambda run, device: run.adapter.kind == "dora" and run.stage.name in ONLINE,
+        lambda run, device: run.adapter.kind == "dora" and writes(run.stage),
     ),
     Row(
         "adapter, evaluate.prompts",

@@ -8,7 +8,7 @@ row of data: examples are taken to be of one length, all their tokens trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from framework.config.build import Inspected
 from framework.config.dry_run import Working
 from framework.config.outlines import answers, asked
 from framework.config.schema import Run
-from framework.config.stage import ONLINE, Distill, Hf
+from framework.config.stage import Distill, Hf, writes
 from framework.errors import ModelError
 from framework.losses.inputs import inputs
+from framework.losses.whole import Head
 from framework.models import actor_critic, attention, planned
 from framework.models.attention import EAGER_UP_TO, EAGER_UP_TO_FP32, OURS
 from framework.models.flops import Flops, flops, parameters
@@ -248,9 +249,15 @@ def _eager(run: Run) -> Run:
 
 def _taught(inspected: Inspected, stage: Distill, tokens: int) -> Distribution:
     vocabulary = inspected.description.vocab_size
-    count = stage.top_k or vocabulary
-    ids = torch.zeros(tokens, count, dtype=torch.int64, device=dry_run.META) if stage.top_k else None
-    return Distribution(vocabulary=vocabulary, temperature=stage.temperature, ids=ids)
+    asked = Distribution(vocabulary=vocabulary, temperature=stage.temperature)
+    if stage.top_k is not None:
+        return replace(asked, ids=torch.zeros(tokens, stage.top_k, dtype=torch.int64, device=dry_run.META))
+    assert inspected.teacher is not None
+    width = inspected.teacher.config.get_text_config(decoder=True).hidden_size
+    dtype = COMPUTE[inspected.run.precision]
+    hidden, weight = (torch.zeros(n, width, dtype=dtype, device=dry_run.META) for n in (tokens, vocabulary))
+    teacher = Head(hidden, weight, None, 1.0, None)
+    return replace(asked, teacher=teacher, divergence=lambda student, said, weight: (student - said).sum(1))
 
 
 def _attention(inspected: Inspected, device: torch.device, length: int) -> str:
@@ -266,7 +273,7 @@ def _attention(inspected: Inspected, device: torch.device, length: int) -> str:
 def _rollout(inspected: Inspected, model: _Model) -> int:
     """Bytes of a copy of the policy that answers."""
     run = inspected.run
-    if not (run.stage.name in ONLINE or run.evaluate.prompts) or not isinstance(run.rollout, Hf):
+    if not (writes(run.stage) or run.evaluate.prompts) or not isinstance(run.rollout, Hf):
         return 0
     policy = model.parameters["total"]
     if inspected.critic is not None:
@@ -278,7 +285,8 @@ def _written(inspected: Inspected) -> int:
     """Bytes of keys and values of answers that are written together, at their longest, and their logits."""
     run, text = inspected.run, inspected.description.config.get_text_config(decoder=True)
     assert isinstance(run.rollout, Hf)
-    answers = min(run.rollout.batch_size, run.rollout.samples * getattr(run.stage, "prompts", 1))
+    prompts = getattr(run.stage, "prompts", run.batch.sequences if writes(run.stage) else 1)
+    answers = min(run.rollout.batch_size, run.rollout.samples * prompts)
     width = attention._head_width(text) * (
         getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     )

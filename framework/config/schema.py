@@ -56,6 +56,7 @@ from framework.config.stage import (
     Rewards,
     Sft,
     Vllm,
+    writes,
 )
 from framework.config.strategy import Spread
 from framework.config.synthesis import SELF, Synthesis
@@ -149,6 +150,7 @@ class Run(Node):
         protect.check(self)
         synthesis.check(self)
         self._online()
+        self._writing()
         pairs.check(self)
         world_size = self.launch.nproc * self.launch.nnodes
         if world_size > self.batch.sequences:
@@ -222,12 +224,33 @@ class Run(Node):
                 "two or more",
                 "rollout.samples=8",
             )
+
+    def _writing(self) -> None:
+        """What a stage whose policy answers needs of the rest of the tree."""
+        if not writes(self.stage):
+            return
         if self.rollout.max_new_tokens >= self.data.max_length:
             raise refuse(
                 "rollout.max_new_tokens, data.max_length",
                 f"answers of {self.rollout.max_new_tokens} tokens in sequences of {self.data.max_length}",
                 "room for a prompt before them",
                 f"data.max_length={2 * self.rollout.max_new_tokens}",
+            )
+        if self.stage.name in ONLINE:
+            return
+        if self.rollout.samples > 1:
+            raise refuse(
+                "rollout.samples, stage.own_share",
+                f"{self.rollout.samples} answers to a prompt that stands for one example",
+                "one",
+                "rollout.samples=1",
+            )
+        if self.data.train_on == "all":
+            raise refuse(
+                "data.train_on, stage.own_share",
+                "examples that are learnt whole, of which no part is the answer",
+                "answers that are learnt",
+                "data.train_on=assistant",
             )
 
     def decisive(self) -> dict[str, Any]:

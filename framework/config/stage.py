@@ -39,6 +39,7 @@ class Distill(Node):
     rest: Literal["bucket", "renormalise"]
     temperature: AboveZero
     sft_share: Share
+    own_share: Annotated[float, Field(ge=0, le=1)]
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -185,6 +186,11 @@ class Grpo(OnPolicy):
 
 ONLINE = ("ppo", "grpo")
 SUPERVISED = ("sft", "distill")  # learn token by token from text as it stands
+
+
+def writes(stage: Node) -> bool:
+    """Whether the policy answers prompts while it is trained."""
+    return getattr(stage, "name", None) in ONLINE or getattr(stage, "own_share", 0.0) > 0
 
 
 class Rollout(Node):

@@ -31,6 +31,7 @@ from framework.stages.grpo import Grpo as GrpoMethod
 from framework.stages.moving import Moving
 from framework.stages.online import Online
 from framework.stages.online import Plan as OnlinePlan
+from framework.stages.own import Own
 from framework.stages.penalty import KlPenalty
 from framework.stages.ppo import Estimation
 from framework.stages.ppo import Ppo as PpoMethod
@@ -54,7 +55,7 @@ def build_stage(prepared: Prepared, world: World, engine: Engine, rollout: Rollo
         case "sft":
             stage = supervised(prepared, world, engine)
         case "distill":
-            stage = _distillation(prepared, world)
+            stage = _distillation(prepared, world, engine, rollout)
         case "reward":
             stage = _reward(prepared, world, engine)
         case "preference" if prepared.unpaired:
@@ -77,8 +78,8 @@ def supervised(prepared: Prepared, world: World, engine: Engine) -> Supervised:
     return Supervised(_loader(prepared, world), objective, sets, remembering.held_out(prepared))
 
 
-def _distillation(prepared: Prepared, world: World) -> Distillation:
-    """The same with a teacher beside the data."""
+def _distillation(prepared: Prepared, world: World, engine: Engine, rollout: Rollout | None) -> Distillation:
+    """The same with a teacher beside the data, and with own answers in it where that is asked for."""
     stage, teacher = prepared.run.stage, prepared.teacher
     assert isinstance(stage, Distill)
     assert teacher is not None
@@ -87,6 +88,7 @@ def _distillation(prepared: Prepared, world: World) -> Distillation:
         vocabulary=vocabulary.shared_rows(prepared.description, teacher),
         temperature=stage.temperature,
         likeliest=stage.top_k,
+        deferred=stage.top_k is None,
     )
     objective = partial(DistillObjective, prepared.loss, asked, rest=stage.rest, sft_share=stage.sft_share)
     return Distillation(
@@ -95,6 +97,22 @@ def _distillation(prepared: Prepared, world: World) -> Distillation:
         held_out_sets(prepared, prepared.held_out, world),
         objective(),
         teacher=Teacher(build.build_frozen(prepared, teacher, world, attention=attention), asked),
+        own=_own(prepared, engine, rollout) if stage.own_share > 0 else None,
+    )
+
+
+def _own(prepared: Prepared, engine: Engine, rollout: Rollout | None) -> Own:
+    run, stage = prepared.run, prepared.run.stage
+    assert isinstance(stage, Distill)
+    assert rollout is not None
+    return Own(
+        engine,
+        rollout,
+        judging.sampling_of(run),
+        share=stage.own_share,
+        tables=len(run.data.train),
+        max_length=run.data.max_length,
+        seed=run.seed,
     )
 
 

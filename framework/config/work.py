@@ -27,7 +27,7 @@ from framework.config import (
 )
 from framework.config.build import Inspected, Prepared
 from framework.config.schema import Run
-from framework.config.stage import ONLINE, SUPERVISED
+from framework.config.stage import SUPERVISED, writes
 from framework.errors import DONE, INTERRUPTED, ConfigError, DataError
 from framework.models import answering
 from framework.models.actor_critic import POLICY, part
@@ -235,8 +235,8 @@ def _train(
         resume.expect(engine.trained)
     protection = finish.Protection(prepared, world, engine, resumed=resume is not None)
     engine = protection.engine
-    online = prepared.run.stage.name in ONLINE
-    rollout = judging.build_rollout(prepared, world) if online or prepared.questions else None
+    writing = writes(prepared.run.stage)
+    rollout = judging.build_rollout(prepared, world) if writing or prepared.questions else None
     assess = (
         judging.build_assess(prepared, world, engine, rollout) if rollout and prepared.questions else None
     )

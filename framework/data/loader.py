@@ -9,16 +9,20 @@ plans the whole step from the examples' lengths and collates its own part. No co
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from framework.batch import Batch
 from framework.data import pack
-from framework.data.collate import Extent, Kind, Supervised, Where
+from framework.data.collate import Example, Extent, Kind, Supervised, Where
 from framework.data.mixture import Mixture
 from framework.data.tables import Table
 
 SUPERVISED = Supervised()
+
+Rewrite = Callable[[int, Sequence[tuple[int, Example]]], Mapping[int, Example]]
+"""(index of the first, a step's examples with their tables) -> those to take in place of some of them."""
 
 
 class Step(NamedTuple):
@@ -60,8 +64,8 @@ class Loader:
         self._changed = False
         self._cut = Cut(tokens_per_micro, packing, rank, world_size, pad_id)
 
-    def next(self) -> Step:
-        """The next step's micro-batches and its global facts.
+    def next(self, rewrite: Rewrite | None = None) -> Step:
+        """The next step's micro-batches and its global facts; of supervised data, as `rewrite` leaves it.
 
         `stats`: tokens, sequences, micros (per rank), data_index and epoch (after the step),
         packing_efficiency (tokens over token budget), and what the kind counts: trained_tokens, and for
@@ -70,10 +74,21 @@ class Loader:
         """
         stop = self.index + self.sequences
         where = [(pick.source, pick.row) for pick in self.mixture.picks(self.index, stop)]
-        step = self._cut.step(self.tables, where, self.kind, self.mismatched)
+        if rewrite is None:
+            step = self._cut.step(self.tables, where, self.kind, self.mismatched)
+        else:
+            step = self._rewritten(where, rewrite)
         stats = {**step.stats, "data_index": float(stop), "epoch": self.mixture.epochs(stop)}
         self.index = stop
         return step._replace(stats=stats)
+
+    def _rewritten(self, where: Where, rewrite: Rewrite) -> Step:
+        examples = [(source, self.tables[source].example(row)) for source, row in where]
+        instead = rewrite(self.index, examples)
+        taken = {at: instead.get(at, example) for at, (_, example) in enumerate(examples)}
+        tables: Any = [_Taken.of(table.name, taken) for table in self.tables]
+        places = [(source, at) for at, (source, _) in enumerate(examples)]
+        return self._cut.step(tables, places, self.kind, None)
 
     def change_share(self, share: float) -> None:
         """From the next step on replay has `share` of the trained tokens."""
@@ -89,6 +104,25 @@ class Loader:
         if "shares" in state:
             self.mixture.restore([(int(start), float(share)) for start, share in state["shares"]])
             self._changed = True
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The examples of one step in place of a table, by their place in the step."""
+
+    name: str
+    lengths: Mapping[int, int]
+    trained: Mapping[int, int]
+    _examples: Mapping[int, Example]
+
+    @classmethod
+    def of(cls, name: str, examples: Mapping[int, Example]) -> _Taken:
+        lengths = {at: len(ids) for at, (ids, _) in examples.items()}
+        trained = {at: int(learnt.sum()) for at, (_, learnt) in examples.items()}
+        return cls(name, lengths, trained, examples)
+
+    def example(self, at: int) -> Example:
+        return self._examples[at]
 
 
 class Cut(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from framework.batch import Batch, Distribution, Outputs
 from framework.losses.candidates import candidate_logps, likeliest_logps
 from framework.losses.logprobs import token_logps
+from framework.losses.whole import Head, compared
 from framework.models import adapters, attention
 from framework.models.noise import noisy
 
@@ -68,7 +69,7 @@ class Policy(nn.Module):
         if distribution is not None:
             assert not needs, "candidates come alone"
             assert temperature == 1.0, "candidates have a temperature of their own"
-            return _candidates(hidden, head.weight, batch.targets, distribution, rules)
+            return _candidates(hidden, head.weight, batch, distribution, rules)
         logps, entropies, mean_logps, collisions = token_logps(
             hidden,
             head.weight,
@@ -87,15 +88,29 @@ class Policy(nn.Module):
 
 
 def _candidates(
-    hidden: Tensor, weight: Tensor, targets: Tensor, asked: Distribution, rules: dict[str, Any]
+    hidden: Tensor, weight: Tensor, batch: Batch, asked: Distribution, rules: dict[str, Any]
 ) -> Outputs:
     """What the head says of the tokens asked for."""
+    if asked.deferred:
+        return Outputs(hidden.new_empty(0), head=_head(hidden, weight, asked.vocabulary, rules))
     rules = rules | {"vocabulary": asked.vocabulary, "temperature": asked.temperature}
+    if asked.divergence is not None:
+        both = compared(
+            hidden, weight, batch.targets, asked.teacher, asked.divergence, batch.weights, **rules
+        )
+        return Outputs(both.targets, divergences=both.divergences)
     if asked.likeliest is not None:
-        found = likeliest_logps(hidden, weight, targets, asked.likeliest, **rules)
+        found = likeliest_logps(hidden, weight, batch.targets, asked.likeliest, **rules)
     else:
-        found = candidate_logps(hidden, weight, targets, asked.ids, **rules)
+        found = candidate_logps(hidden, weight, batch.targets, asked.ids, **rules)
     return Outputs(found.targets, candidate_ids=found.ids, candidate_logps=found.logps)
+
+
+def _head(hidden: Tensor, weight: Tensor, rows: int, rules: dict[str, Any]) -> Head:
+    """A copy: what a wrapper has gathered for the forward pass is gone after it."""
+    bias = None if rules["bias"] is None else rules["bias"][:rows].clone()
+    kept = weight[:rows].to(hidden.dtype, copy=True)
+    return Head(hidden, kept, bias, rules["scale"], rules["softcap"])
 
 
 def body(lm: Any, batch: Batch) -> Tensor:

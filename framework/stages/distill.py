@@ -1,8 +1,9 @@
-"""Distillation on given text: a student's distribution towards a teacher's at every trained token.
+"""Distillation on given text or own answers: a student towards a teacher at every trained token.
 
 The teacher is asked once a step, before any gradient, for its likeliest tokens; what it said travels with
-the micro-batches, so the objective is one pass of the student and a pure loss. Letters: K trained positions,
-k of n tokens that both models have.
+the micro-batches, so the objective is one pass of the student and a pure loss. Of all tokens what travels
+is the teacher's hidden states and one copy of its head: their logits are made a chunk of positions at a time,
+beside the student's. Letters: K trained positions, k of n tokens that both models have.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from framework.batch import Batch, Distribution, TaughtBatch
 from framework.losses.distill import truncated
 from framework.losses.guard import require
 from framework.losses.inputs import inputs
 from framework.losses.items import Items, Objective
 from framework.stages.base import Term
+from framework.stages.own import Own
 from framework.stages.sft import Loader, Supervised, by_source
 from framework.strategy.base import Engine, Frozen
 
@@ -27,18 +31,33 @@ INPUTS = ("student_logps", "teacher_logps", "weight")
 class Teacher:
     """A frozen model that says of every trained position what it would have written there.
 
-    `distribution` asks for its likeliest tokens or for all.
+    `distribution` asks for its likeliest tokens, or for all of them (`deferred`).
     """
 
     def __init__(self, frozen: Frozen, distribution: Distribution) -> None:
         self.frozen, self.distribution = frozen, distribution
 
     def __call__(self, batch: Batch) -> TaughtBatch:
-        """The same micro-batch with the teacher's answers. Collective."""
-        outputs = self.frozen(batch, distribution=self.distribution)
-        return TaughtBatch(
-            **vars(batch), teacher_ids=outputs.candidate_ids, teacher_logps=outputs.candidate_logps
-        )
+        """The same micro-batch with the teacher's answers. Collective, like `all`."""
+        return self.all([batch])[0]
+
+    def all(self, micros: Sequence[Batch]) -> list[TaughtBatch]:
+        """Several micro-batches, for which one copy of the head serves."""
+        answered: list[TaughtBatch] = []
+        head = None
+        for batch in micros:
+            said = self.frozen(batch, distribution=self.distribution)
+            if said.head is not None:
+                head = said.head if head is None else head._replace(hidden=said.head.hidden)
+            answered.append(
+                TaughtBatch(
+                    **vars(batch),
+                    teacher_ids=said.candidate_ids,
+                    teacher_logps=said.candidate_logps,
+                    teacher_head=head,
+                )
+            )
+        return answered
 
 
 class Taught(Sequence[TaughtBatch]):
@@ -66,7 +85,8 @@ class DistillObjective:
 
     `loss` is a pure function of two distributions, see `INPUTS`; `distribution` is the one that the teacher
     was asked with. Where the teacher named k < n tokens, `rest` says what becomes of the others
-    (`losses.distill.truncated`), alike for both models. A token costs (1 - a) times its divergence plus a
+    (`losses.distill.truncated`), alike for both models; of all n the loss is asked a chunk of rows at a
+    time, and of its items only the loss is used. A token costs (1 - a) times its divergence plus a
     times its plain cross-entropy, a = `sft_share` in [0, 1): at a temperature T the gradient of the first is
     smaller by about T^2, which nothing here makes up for.
 
@@ -86,29 +106,45 @@ class DistillObjective:
         require("sft_share", sft_share, least=0, below=1)
         self.loss = loss
         self.inputs = inputs(loss)
-        self.distribution = replace(distribution, likeliest=None)
+        self.distribution = replace(distribution, likeliest=None, deferred=False)
         self.rest: Literal["renormalise", "bucket"] = rest
         self.sft_share = sft_share
         self.sources = sources
 
     def __call__(self, engine: Engine, batch: TaughtBatch) -> Items:
         batch = batch.to(engine.world.device)
-        asked = replace(self.distribution, ids=batch.teacher_ids)
-        outputs = engine(batch, distribution=asked)
-        student, teacher = outputs.candidate_logps, batch.teacher_logps
-        if teacher.shape[1] < asked.vocabulary:
-            student, teacher = (truncated(logps, rest=self.rest) for logps in (student, teacher))
-        offered = {"student_logps": student, "teacher_logps": teacher, "weight": batch.weights}
-        items = self.loss(**{name: offered[name] for name in self.inputs})
+        if batch.teacher_head is None:
+            asked = replace(self.distribution, ids=batch.teacher_ids)
+            outputs = engine(batch, distribution=asked)
+            student, teacher = outputs.candidate_logps, batch.teacher_logps
+            assert teacher is not None
+            if teacher.shape[1] < asked.vocabulary:
+                student, teacher = (truncated(logps, rest=self.rest) for logps in (student, teacher))
+            items = self._compare(student, teacher, batch.weights)
+        else:
+            asked = replace(self.distribution, teacher=batch.teacher_head, divergence=self._rows)
+            outputs = engine(batch, distribution=asked)
+            divergence = {"divergence": outputs.divergences.detach()}
+            items = Items(outputs.divergences, batch.weights, divergence)
         loss = items.loss
         if self.sft_share:
             loss = (1.0 - self.sft_share) * loss - self.sft_share * outputs.logps
         metrics = {"nll": -outputs.logps.detach(), **items.metrics}
         return by_source(Items(loss, items.weight, metrics), batch, self.sources)
 
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Items:
+        offered = {"student_logps": student, "teacher_logps": teacher, "weight": weight}
+        return self.loss(**{name: offered[name] for name in self.inputs})
+
+    def _rows(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        return self._compare(student, teacher, weight).loss
+
 
 class Distillation(Supervised):
-    """A `Stage` of supervised data whose micro-batches bring the teacher's answers along."""
+    """A `Stage` of supervised data whose micro-batches bring the teacher's answers along.
+
+    With `own`, examples of a step are answered by the student before the teacher is asked.
+    """
 
     def __init__(
         self,
@@ -118,12 +154,19 @@ class Distillation(Supervised):
         held_out_objective: Objective,
         *,
         teacher: Teacher,
+        own: Own | None = None,
     ) -> None:
         sets = {name: Taught(micros, teacher) for name, micros in held_out.items()}
         super().__init__(loader, objective, sets, held_out_objective)
-        self.teacher = teacher
+        self.teacher, self.own = teacher, own
 
     def next(self, step: int) -> Sequence[Term]:
-        """The one term of this step. Collective: the teacher answers for all of its micro-batches."""
-        (term,) = super().next(step)
-        return [replace(term, micros=[self.teacher(batch) for batch in term.micros])]
+        """The one term of this step. Collective: the student may write some of it, and the teacher answers
+        for all of its micro-batches."""
+        if self.own is None:
+            taken = self.loader.next()
+            stats = taken.stats
+        else:
+            taken = self.loader.next(self.own)
+            stats = {**taken.stats, "own_answers": float(self.own.answered)}
+        return [Term(self.objective, self.teacher.all(taken.micros), stats=stats)]

@@ -62,6 +62,7 @@ class Wandb:
         self._say = say
         self._timeout_s = timeout_s
         self._work: SimpleQueue[Callable[[Any], None] | None] = SimpleQueue()
+        self._later = ""  # how what is not sent can be sent
         self._run_dir, self._objective, self._checkpoints = Path(run_dir), objective, checkpoints
         self._ledger = Ledger(self._run_dir / "wandb")
         metrics = self._run_dir / "metrics.jsonl"
@@ -69,6 +70,9 @@ class Wandb:
         online = mode == "online" or (mode == "auto" and _has_key())
         if mode == "auto" and not online:
             say("W&B: no key here (WANDB_API_KEY or `wandb login`), so this run is recorded offline")
+
+        # A first start sent again by hand is written over its own rows; one that resumes is put behind them.
+        again = (self._run_dir / "wandb" / "run_id").exists() or _given_id() is not None
 
         def init(mode: str) -> Any:
             return wandb.init(
@@ -81,7 +85,7 @@ class Wandb:
                 tags=list(tags),
                 config=dict(config),
                 id=_run_id(Path(run_dir)),
-                resume="allow",
+                resume="allow" if again else None,
                 mode=mode,  # type: ignore[arg-type]
                 settings=_settings(timeout_s),
             )
@@ -91,7 +95,9 @@ class Wandb:
 
     def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
         if kind != "event":
-            kept = dict(metrics)  # whoever reports may fill the same mapping anew before the thread gets to it
+            kept = dict(
+                metrics
+            )  # whoever reports may fill the same mapping anew before the thread gets to it
             self._work.put(lambda run: self._send(run, kind, kept, step))
 
     def artifact(self, path: Path, *, kind: str) -> None:
@@ -103,7 +109,7 @@ class Wandb:
         self._work.put(None)
         self._thread.join(self._timeout_s)
         if self._thread.is_alive():
-            self._say("W&B has not taken everything in time; metrics.jsonl is complete")
+            self._say(f"W&B has not taken everything in time; metrics.jsonl is complete{self._later}")
 
     # -- in the thread ------------------------------------------------------------------------------
 
@@ -163,14 +169,17 @@ class Wandb:
         if run is None:
             run = init("offline")
             self._say(f"W&B: send this run later with `wandb sync {Path(run.dir).parent}`")
+        directory = Path(run.dir).parent
+        offline = directory.name.startswith(OFFLINE)
+        if not (offline or run.resumed):
+            self._later = f", and all is sent by `wandb sync --include-online {directory}`"
         run.define_metric("step", hidden=True)
         for name in ("samples", panels.OBJECTIVE):
             run.define_metric(name, step_metric="step")
         for section, summary in panels.SECTIONS.items():  # no two may fit: which one rules would be chance
             run.define_metric(f"{section}/*", step_metric="step", summary=summary)
-        offline = Path(run.dir).parent.name.startswith(OFFLINE)
         self._ledger.begin(
-            Path(run.dir).parent.name,
+            directory.name,
             count=None if offline else run.starting_step,
             last_step=int(run.summary.get("step", -1)) if run.resumed else -1,
         )
@@ -205,13 +214,18 @@ def _settings(timeout_s: float) -> wandb.Settings:
 def _run_id(run_dir: Path) -> str:
     """The id kept in the run directory, made on the first start. That of a `wandb agent` rules."""
     path = run_dir / "wandb" / "run_id"
-    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    given = _given_id()
     if given is not None or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name("run_id.tmp")
         temporary.write_text(given or secrets.token_hex(4))
         os.replace(temporary, path)
     return path.read_text().strip()
+
+
+def _given_id() -> str | None:
+    """The id that `wandb agent` gives."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def _has_key() -> bool:

@@ -33,6 +33,7 @@ NEEDED = {  # what a choice asks for besides
     "stage=grpo": ["reward=verifier"],
     "stage=distill": TAUGHT[1:],
     "experiment=on_policy_distillation": ["stage.reference_path=some/teacher"],
+    "experiment=gkd": ["stage.teacher=some/teacher"],
     "reward=model": ["reward.model=some/model"],
     "reward=environment": ["stage=grpo", "data.train=[]", "+reward.environment.family=basic_arithmetic"],
     "loss=sft": [],

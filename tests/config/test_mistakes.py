@@ -123,6 +123,14 @@ MISTAKES = [
     ("stage=distill stage.teacher=t stage.top_k=1 stage.rest=renormalise", "type stage.rest=bucket"),
     ("stage=distill stage.teacher=t model.neftune_alpha=5", "type model.neftune_alpha=null"),
     ("stage=distill stage.teacher=t replay=term replay.sources=[{path: a}]", "type replay=fixed"),
+    ("stage=distill stage.teacher=t stage.own_share=1.5", "got 1.5; expected a number"),
+    ("stage=distill stage.teacher=t stage.own_share=1 rollout.samples=2", "type rollout.samples=1"),
+    ("stage=distill stage.teacher=t stage.own_share=1 data.train_on=all", "type data.train_on=assistant"),
+    (
+        "stage=distill stage.teacher=t stage.own_share=1 data.max_length=200",
+        "answers of 256 tokens",
+    ),
+    ("stage=distill stage.teacher=t stage.own_share=1 adapter=dora", "type adapter=lora"),
     ("stage=grpo stage.advantages=teacher", "advantages from a teacher, and none given"),
     (
         "stage=grpo stage.advantages=teacher stage.reference_path=t stage.kl_coefficient=0.1",

@@ -18,9 +18,13 @@ def teacher(tmp_path_factory, tiny_untied_dir):
     return shutil.copytree(tiny_untied_dir, tmp_path_factory.mktemp("taught") / "teacher")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
-def test_the_same_strategy_and_size_go_on_bit_for_bit(strategy, command, teacher, tmp_path):
-    taught = ["stage=distill", f"stage.teacher={teacher}", "stage.top_k=16", f"strategy={strategy}"]
+OWN = ["stage.top_k=null", "stage.own_share=0.5", "rollout.max_new_tokens=8"]
+CELLS = [(strategy, ["stage.top_k=16"]) for strategy in ("ddp", "fsdp", "zero3")] + [("fsdp", OWN)]
+
+
+@pytest.mark.parametrize(("strategy", "how"), CELLS, ids=["ddp", "fsdp", "zero3", "own answers"])
+def test_the_same_strategy_and_size_go_on_bit_for_bit(strategy, how, command, teacher, tmp_path):
+    taught = ["stage=distill", f"stage.teacher={teacher}", *how, f"strategy={strategy}"]
     arguments = [*command, *LORA, *taught]
     whole = workers.run(2, train, [*arguments, f"run_dir={tmp_path}/a"], start=0, stop=STEPS)
     there = [*arguments, f"run_dir={tmp_path}/b"]

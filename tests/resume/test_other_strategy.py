@@ -40,7 +40,8 @@ def command(tmp_path_factory, tiny_model_dir):
 
 def train(world, arguments, *, start, stop):
     """Train steps start..stop-1, from the run's newest checkpoint if start > 0, and save at the end."""
-    from framework.config import build, compose, stages
+    from framework.config import build, compose, judging, stages
+    from framework.config.stage import writes
     from framework.train.meter import Meter
     from framework.train.trainer import accumulate
 
@@ -48,7 +49,8 @@ def train(world, arguments, *, start, stop):
     prepared = build.prepare(run)
     checkpoints = build.checkpointer(prepared, world)
     engine = build.build_engine(prepared, world)
-    stage = stages.build_stage(prepared, world, engine)
+    rollout = judging.build_rollout(prepared, world) if writes(run.stage) else None
+    stage = stages.build_stage(prepared, world, engine, rollout)
     answer = {"losses": [], "rows": []}
     if start > 0:
         found = checkpoints.newest()

@@ -1,13 +1,9 @@
 """W&B through kills, outages and changes of mind: the page holds what metrics.jsonl holds, once."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from wandb_process import history, inspect, run
+from wandb_process import history, inspect, run, sync
 from wandb_server import Server
 
 from framework.track import jsonl, panels
@@ -143,11 +139,3 @@ def test_under_an_agent_the_run_is_the_sweeps(tmp_path, server):
     assert server.bucket["sweep"] == "sw1"
     run(tmp_path / "run", "log(2); done()", url=server.url, resume_step=1)
     assert set(server.runs) == {"givenid1"}
-
-
-def sync(server, home, directory):
-    """`wandb sync`, as a person types it."""
-    command = [Path(sys.executable).with_name("wandb"), "sync", directory]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "HOME": str(home)}
-    subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, text=True, timeout=60)
