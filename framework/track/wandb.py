@@ -95,9 +95,7 @@ class Wandb:
 
     def log(self, kind: str, metrics: Mapping[str, Any], *, step: int) -> None:
         if kind != "event":
-            kept = dict(
-                metrics
-            )  # whoever reports may fill the same mapping anew before the thread gets to it
+            kept = dict(metrics)  # whoever reports may fill the same mapping anew before the thread is there
             self._work.put(lambda run: self._send(run, kind, kept, step))
 
     def artifact(self, path: Path, *, kind: str) -> None:
