@@ -33,6 +33,8 @@ QUIET = {"chat": 0.0, "code": 0.0}
 
 
 def look(steer, step, found, noise, divergences=None):
+    """A look after `step` steps, where there is one every two."""
+    steer.controller.state.progress = max(step - 2, 0) / steer.steps
     return steer(step, found, noise, divergences or {})
 
 
