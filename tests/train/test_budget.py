@@ -223,6 +223,16 @@ def test_more_is_allowed_on_the_way_than_at_the_end():
     assert early.decide(reading, progress=0.1).amount < 0.1 < late.decide(reading, progress=0.9).amount
 
 
+def test_what_a_falling_rate_is_yet_to_bring_back_is_allowed_and_no_more_than_three_budgets_of_it():
+    """A rate four times the last allows 4^0.6 budgets; at a steady rate the budget rules as it did."""
+    rules = Rules(budget=0.01, start=0.1, most=0.5, rate=lambda progress: 1 + 10 * (1 - progress))
+    assert rules.allowed(0.7) == pytest.approx(0.01 * 4**0.6)
+    assert rules.allowed(0.5) == pytest.approx(0.01 * 6**0.6)  # 2.93 budgets, by the path alone 2.78
+    assert rules.calms(0.0) == 3.0
+    assert rules.allowed(1.0) == pytest.approx(0.01)
+    assert Rules(budget=0.01, start=0.1, most=0.5).allowed(0.9) == pytest.approx(0.01)
+
+
 def test_what_is_being_learnt_again_asks_for_less_and_what_goes_on_being_lost_for_more():
     """Over the path and falling, over it and still, over it and rising: the last bound is the same."""
 
