@@ -11,12 +11,12 @@ text is from where it may be when the part p of the run is done:
     amount  <- amount * exp(gain * max_s ahead_s)
 
 What counts is the bound at the end. The path to it falls as forgetting does under a constant share: what is
-lost while the learning rate is high is learnt again as it falls, and to forbid that costs most of the
-replay. What gets worse is believed at once, what gets better when it goes on. The gain grows as looks run
-out: early there is time, and late replay loses its hold with the learning rate; more so for a bound above
-its target, since one that ends too low has cost some replay, one that ends too high has missed the
-budget. And it falls where bounds are seen to answer from one look to the next, so that a plant without lag
-is not made to swing.
+lost while the learning rate is high is learnt again as it falls, and to forbid it costs most of the replay.
+The gain grows as looks run out: early there is time, and late replay loses its hold with the learning rate.
+It grows more for a bound above its target, since one that ends too low has cost some replay and one that
+ends too high has missed the budget; and in the last looks what gets worse is believed at once, what gets
+better when it goes on. Where bounds are seen to answer from one look to the next the gain is less, so that
+a plant without lag is not made to swing.
 
 Amounts are on a geometric grid, so that rounding in the last digits of a loss cannot change what is trained
 on, and within limits a look. Where the amount is at its most for `patience` looks and the bound, if it goes
@@ -38,7 +38,7 @@ LEAP = 0.3  # most that one look may tell of the trend
 ROOM = 0.3  # most that surprises may take off the target, as a logarithm
 CALMS = 0.6  # what is forgotten under a constant share follows at least this power of the learning rate
 CALMED = 3.0  # most budgets that are allowed for what the falling rate is yet to bring back
-CLOSES_DOWN, CLOSES_UP = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
+CLOSES, CAREFUL = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
 HELD = ("kept", "unresolvable", "infeasible")  # verdicts, the best first
 
 
@@ -73,14 +73,13 @@ class Rules:
     gain: float = 0.5  # above it the amount swings where replay shows at once
     foresight: float = 3.0  # looks: about as long as a change of the amount takes to show
     memory: float = 0.4  # weight of what was smoothed before, in [0, 1)
-    rise: float = 2.0  # most that a look may multiply the amount by
+    rise: float = 2.5  # most that a look may multiply the amount by
     fall: float = 4.0  # most that it may divide it by
-    hurry_up: float = (
-        30.0  # looks before the end from when on the gain grows, where there is too little replay
-    )
-    let_go: float = 2.0  # times the gain for a bound below its target
+    hurry_up: float = 30.0  # looks before the end where `gain` is that of a bound above its target
+    let_go: float = 1.5  # times the gain for a bound below its target
     hurry_down: float = 8.0  # looks before the end from when on it is more
-    short: float = 30.0  # looks before the end from when on it may rise faster, to be there in time
+    short: float = 10.0  # looks before the end from when on it may rise faster, to be there in time
+    careful: float = 20.0  # looks before the end from when on replay is let go with care
     patience: int = 4
     rate: Callable[[float], float] = _steady  # by `progress`: the learning rate over that at the end
     ease: float = 10.0  # budgets that are allowed at the very start
@@ -225,18 +224,20 @@ class Controller:
         room = min(1.5 * deviation, ROOM) * min(1.0, progress / rules.settled) / rules.calms(progress)
         spacing = (1 - progress) / left
         target = rules.aim * math.exp(-room) * rules.allowed(progress, spacing)
-        z = 0.0
+        now = 0.0
         if abs(found - target) > reading.noise:
-            z = _clipped(bound - math.log(target / rules.budget), FARTHEST_BELOW, FARTHEST_ABOVE)
-        last = z if math.isnan(track.smoothed) else track.smoothed
-        track.smoothed = rules.memory * last + (1 - rules.memory) * z
+            now = _clipped(bound - math.log(target / rules.budget), FARTHEST_BELOW, FARTHEST_ABOVE)
+        last = now if math.isnan(track.smoothed) else track.smoothed
+        track.smoothed = rules.memory * last + (1 - rules.memory) * now
         self.state.tracks[name] = track
         looks = min(left, rules.foresight / (1 + 3 * track.response))
         then = rules.allowed(progress + spacing * looks, spacing)
         falls = math.log(then / rules.allowed(progress, spacing))  # the path itself until then
-        # what gets worse is believed at once, what gets better when it goes on
-        trend = max(track.trend, min(change, LEAP)) if z < 0 else track.trend
-        ahead = max(z, track.smoothed) + trend * looks - falls
+        z, trend = track.smoothed, track.trend
+        if left <= rules.careful:  # what gets worse is believed at once, what gets better when it goes on
+            trend = max(trend, min(change, LEAP)) if now < 0 else trend
+            z = max(now, z)
+        ahead = z + trend * looks - falls
         if ahead < 0:  # no less replay for what may be chance
             ahead = min(ahead + deviation / 2, 0.0)
         return _clipped(ahead, FARTHEST_BELOW, FARTHEST_ABOVE)
@@ -245,7 +246,8 @@ class Controller:
         """The amount from now on, within what a look may move it; it does not wind up against its stops."""
         rules, state = self.rules, self.state
         hurry = rules.hurry_up / left if ahead > 0 else max(rules.let_go, rules.hurry_down / left)
-        most = (CLOSES_DOWN if ahead > 0 else CLOSES_UP) / max(response, 0.1)
+        closes = CAREFUL if ahead < 0 and left <= rules.careful else CLOSES
+        most = closes / max(response, 0.1)
         gain = min(rules.gain * hurry, most)
         wanted = gain * ahead
         rise = math.log(rules.rise) * max(1.0, rules.short / left)
