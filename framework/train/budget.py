@@ -73,12 +73,11 @@ class Rules:
     gain: float = 0.5  # above it the amount swings where replay shows at once
     foresight: float = 3.0  # looks: about as long as a change of the amount takes to show
     memory: float = 0.4  # weight of what was smoothed before, in [0, 1)
-    rise: float = 2.5  # most that a look may multiply the amount by
+    rise: float = 1.8  # most that a look may multiply the amount by, while there is time
     fall: float = 4.0  # most that it may divide it by
     hurry_up: float = 30.0  # looks before the end where `gain` is that of a bound above its target
     let_go: float = 1.5  # times the gain for a bound below its target
     hurry_down: float = 8.0  # looks before the end from when on it is more
-    short: float = 10.0  # looks before the end from when on it may rise faster, to be there in time
     careful: float = 20.0  # looks before the end from when on replay is let go with care
     patience: int = 4
     rate: Callable[[float], float] = _steady  # by `progress`: the learning rate over that at the end
@@ -250,7 +249,7 @@ class Controller:
         most = closes / max(response, 0.1)
         gain = min(rules.gain * hurry, most)
         wanted = gain * ahead
-        rise = math.log(rules.rise) * max(1.0, rules.short / left)
+        rise = max(math.log(rules.rise), -state.level * 2 / left)  # the most in half the looks that are left
         step = _clipped(wanted, -math.log(rules.fall), rise)
         before, state.level = state.level, _clipped(state.level + step, LOWEST, 0.0)
         state.move = state.level - before
