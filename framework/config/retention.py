@@ -47,7 +47,8 @@ def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) ->
     if prepared.run.replay.max_forgetting is not None:
         replay = prepared.run.replay
         steer = stage.steer if replay.sources else None
-        decide = Steering(replay, probes.budgeted, steer, world, steps=prepared.steps)
+        rate = build.learning_rate(prepared)
+        decide = Steering(replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate)
     objective = AgainstStart(vocabulary=prepared.description.vocab_size)
     return Retention(engine, probe, objective, probes.cadence, decide=decide, told=told)
 

@@ -12,6 +12,7 @@ from framework.train.budget import Controller, Decision, Reading, Rules, Verdict
 from framework.train.retain import Change, relative
 from framework.train.trainer import Report
 
+LEAST_RATE = 0.1  # of the highest: what is forgotten hardly depends on smaller ones
 NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
 
 
@@ -19,8 +20,8 @@ class Steering:
     """Acts on each look of `train.retain.Retention`: moves replay, says so, and judges at the end.
 
     `names` are the kinds of text that the budget binds, `steer` sets the amount of replay; None where nothing
-    is replayed, and the budget is judged only. Decided on rank 0 and broadcast, state and all, so that no
-    rank can differ.
+    is replayed, and the budget is judged only. `rate` is the learning rate of each step; None where it does
+    not change. Decided on rank 0 and broadcast, state and all, so that no rank can differ.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Steering:
         world: World,
         *,
         steps: int,
+        rate: Callable[[int], float] | None = None,
     ) -> None:
         assert asked.max_forgetting is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
         budget = math.log1p(asked.max_forgetting) if asked.unit == "relative_loss" else asked.max_forgetting
         start, most = (1.0, 1.0) if steer is None else (asked.start, asked.most or asked.start)
-        self.controller = Controller(Rules(budget=budget, start=start, most=most))
+        falls = _falls(rate, steps) if rate is not None else _stays
+        self.controller = Controller(Rules(budget=budget, start=start, most=most, rate=falls))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}
@@ -221,3 +224,14 @@ class Steering:
             "What helps: data of that kind in replay.sources (the start model can write it), a lower "
             "optim.lr, a larger replay.max_forgetting or replay.most"
         )
+
+
+def _falls(rate: Callable[[int], float], steps: int) -> Callable[[float], float]:
+    """The learning rate when some part of the run is done, over that at its end."""
+    least = LEAST_RATE * max(rate(steps * k // 20) for k in range(20))
+    end = max(rate(steps - 1), least)
+    return lambda progress: max(rate(min(round(progress * steps), steps - 1)), least) / end
+
+
+def _stays(progress: float) -> float:
+    return 1.0

@@ -1,27 +1,44 @@
 """Holds forgetting to a budget by the amount of replay: a controller that is arithmetic and nothing else.
 
-Dual ascent on the constraint "the upper 95 % bound of what kind s of text has forgotten is at most b":
+Forgetting answers to replay in proportions: from 1 % to 2 % does about as much as from 10 % to 20 %. So what
+is moved is the logarithm of the amount, by the logarithm of how far the upper 95 % bound of each kind s of
+text is from where it may be when the part p of the run is done:
 
-    u_s      = (bound_s - aim * b) / b, smoothed, and 0 within the noise of the measurement
-    lambda_s = max(0, lambda_s + gain * u_s)
-    amount   = most * (1 - exp(-(sum of lambda_s + push * max u_s where above 0)))
+    path     = budget * max(ease^max(0, 1 - p / settled), (rate(p) / rate(1))^1/2, at most 2)
+    target_s = aim * path, less room for how far looks have been off what the ones before foretold
+    z_s      = log(bound_s / target_s), 0 within the noise of the measurement
+    ahead_s  = z_s + how it will have moved against the path when a change of the amount shows
+    amount  <- amount * exp(gain * max_s ahead_s)
 
-`aim` below 1 leaves room for what a look may be off. It starts high and lets go slowly while there is room:
-what is not measured yet may still be forgotten. The amount moves on a grid, so that rounding in the last
-digits of a loss cannot change what is trained on; and within limits a look, upwards faster than down. Where
-it is at its most and the bound is not met for `patience` looks, the budget cannot be met.
+What counts is the bound at the end. The path to it falls as forgetting does under a constant share: what is
+lost while the learning rate is high is learnt again as it falls, and to forbid it costs most of the replay.
+The gain grows as looks run out: early there is time, and late replay loses its hold with the learning rate.
+It grows more for a bound above its target, since one that ends too low has cost some replay and one that
+ends too high has missed the budget; and in the last looks what gets worse is believed at once, what gets
+better when it goes on. Where bounds are seen to answer from one look to the next the gain is less, so that
+a plant without lag is not made to swing.
+
+Amounts are on a geometric grid, so that rounding in the last digits of a loss cannot change what is trained
+on, and within limits a look. Where the amount is at its most for `patience` looks and the bound, if it goes
+on as it does, ends above the budget, the budget cannot be met.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GRID = 400  # amounts are whole fractions of the largest
+STEP = 0.02  # of the logarithm of the amount: 2 %, below what a look can tell apart
+LOWEST = -6.0  # logarithm of the least amount over the most, 1/400; below it nothing is replayed
 NEAR = 0.95  # of the most: as good as there
-LARGEST = 1.0  # excess over the budget, in budgets, that counts at once
+FARTHEST_BELOW, FARTHEST_ABOVE = -6.0, 2.0  # logarithms of bound over target that count in full
+LEAP = 0.3  # most that one look may tell of the trend
+ROOM = 0.3  # most that surprises may take off the target, as a logarithm
+CALMS = 0.6  # what is forgotten under a constant share follows at least this power of the learning rate
+CALMED = 3.0  # most budgets that are allowed for what the falling rate is yet to bring back
+CLOSES, CAREFUL = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
 HELD = ("kept", "unresolvable", "infeasible")  # verdicts, the best first
 
 
@@ -34,32 +51,69 @@ class Reading:
     noise: float  # how much two measurements of the same model differ
     rows: int
 
+    @property
+    def bound(self) -> float:
+        """The upper end; of a single row, which has none, what was measured."""
+        return self.high if math.isfinite(self.high) else self.change
+
+
+def _steady(progress: float) -> float:
+    """A learning rate that does not change."""
+    return 1.0
+
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked for and how it is pursued."""
+    """What is asked for and how it is pursued. A gain is of the logarithm a look."""
 
     budget: float
     start: float  # amount of replay to begin with
     most: float
-    aim: float = 0.8  # share of the budget that is used where there is no need for more
-    gain: float = 0.3
-    push: float = 0.3
-    memory: float = 0.5  # weight of what was smoothed before, in [0, 1)
-    foresight: float = 1.0  # looks ahead: what smoothing lags behind
-    rise: float = 0.15  # most that the amount may go up in a look, of `most`
-    fall: float = 0.12  # most that it may go down, of itself
+    aim: float = 0.95  # share of the budget that is used where looks can be relied on
+    gain: float = 0.5  # above it the amount swings where replay shows at once
+    foresight: float = 3.0  # looks: about as long as a change of the amount takes to show
+    memory: float = 0.4  # weight of what was smoothed before, in [0, 1)
+    rise: float = 1.8  # most that a look may multiply the amount by, while there is time
+    fall: float = 4.0  # most that it may divide it by
+    hurry_up: float = 30.0  # looks before the end where `gain` is that of a bound above its target
+    let_go: float = 1.5  # times the gain for a bound below its target
+    hurry_down: float = 8.0  # looks before the end from when on it is more
+    careful: float = 20.0  # looks before the end from when on replay is let go with care
     patience: int = 4
-    ease: float = 9.0  # budgets that are allowed besides at the very start
-    settled: float = 0.6  # of the run, from when on the budget itself rules
+    rate: Callable[[float], float] = _steady  # by `progress`: the learning rate over that at the end
+    ease: float = 10.0  # budgets that are allowed at the very start
+    settled: float = 0.9  # of the run, from when on the budget itself rules
+    last: float = 5.0  # looks at the end in which it rules anyhow, if less than 0.7 of the run
 
     def __post_init__(self) -> None:
         if not (self.budget > 0 and 0 < self.start <= self.most):
             raise ValueError(f"budget={self.budget} and start={self.start} of most={self.most}: not in order")
 
-    def allowed(self, progress: float) -> float:
-        """The budget when `progress` of the run is done."""
-        return self.budget * (1 + self.ease * max(0.0, 1 - progress / self.settled))
+    def allowed(self, progress: float, spacing: float = 0.0) -> float:
+        """The budget when `progress` of the run is done and looks are `spacing` of it apart."""
+        settled = min(self.settled, max(1 - self.last * spacing, 0.3))
+        return self.budget * max(self.ease ** max(0.0, 1 - progress / settled), self.calms(progress))
+
+    def calms(self, progress: float) -> float:
+        """By how much the falling rate alone will lower what is forgotten until the end."""
+        return min(max(self.rate(progress), 1.0) ** CALMS, CALMED)
+
+
+@dataclass
+class Track:
+    """What is remembered of one kind of text. Logarithms of its bound over the budget or the target."""
+
+    bound: float  # over the budget, in the last look
+    smoothed: float  # over the target
+    trend: float = 0.0  # of `bound`, a look
+    variance: float = 0.0  # of what a look is off the trend
+    together: float = 0.0  # how a move of the amount and what the next look found went together
+    moves: float = 0.0  # mean square of the moves
+
+    @property
+    def response(self) -> float:
+        """By how much the bound falls until the next look where the amount rises; both logarithms."""
+        return max(self.together, 0.0) / (self.moves + STEP**2)
 
 
 @dataclass
@@ -67,9 +121,11 @@ class State:
     """All that a controller remembers; JSON."""
 
     amount: float
-    multipliers: dict[str, float] = field(default_factory=dict)
-    smoothed: dict[str, float] = field(default_factory=dict)
-    pinned: int = 0  # looks in a row at the most with the budget not met
+    level: float  # the logarithm of the amount over the most, before it is put on the grid
+    progress: float = 0.0  # at the last look
+    move: float = 0.0  # of the level, by the last look
+    tracks: dict[str, Track] = field(default_factory=dict)
+    pinned: int = 0  # looks in a row at the most with the budget out of reach
     told: bool = False  # that it cannot be met
 
 
@@ -101,30 +157,25 @@ class Controller:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.state = State(amount=rules.start)
+        self.state = State(
+            amount=rules.start, level=_clipped(math.log(rules.start / rules.most), LOWEST, 0.0)
+        )
 
-    def decide(self, readings: Mapping[str, Reading], *, progress: float = 1.0) -> Decision:
+    def decide(self, readings: Mapping[str, Reading], *, progress: float) -> Decision:
         """The amount from now on, `progress` of the run being done; readings of no kind change nothing."""
-        rules, state, before = self.rules, self.state, self.state.amount
+        state, before = self.state, self.state.amount
         if not readings:
             return Decision(before, before, None, False)
-        self._seed(readings)
-        budget = rules.allowed(progress)
-        excess = {name: self._excess(name, reading, budget) for name, reading in readings.items()}
-        at_most = before >= NEAR * rules.most
-        for name, u in excess.items():
-            step = 0.0 if at_most and u > 0 else rules.gain * u  # no winding up against the stop
-            state.multipliers[name] = max(0.0, state.multipliers.get(name, 0.0) + step)
-        binding = max(excess, key=lambda name: (excess[name], state.multipliers[name]))
-        push = rules.push * max(0.0, excess[binding])
-        wanted = rules.most * -math.expm1(-(sum(state.multipliers.values()) + push))
-        wanted = rules.most if wanted >= NEAR * rules.most else wanted
-        state.amount, held = self._limited(wanted, before)
-        if held:
-            self._agree(state.amount, binding)
-        unmet = at_most and state.smoothed.get(binding, math.inf) > budget + readings[binding].noise
+        left = max(1.0, (1 - progress) / max(progress - state.progress, 1e-9))  # looks, if they go on so
+        state.progress = progress
+        ahead = {name: self._ahead(name, one, progress, left) for name, one in readings.items()}
+        binding = max(ahead, key=lambda name: ahead[name])
+        at_most = before >= NEAR * self.rules.most
+        track = self.state.tracks.get(binding)
+        self._move(ahead[binding], left, track.response if track else 0.0)
+        unmet = at_most and self._out_of_reach(binding, readings[binding], progress, left)
         state.pinned = state.pinned + 1 if unmet else 0
-        news = state.pinned >= rules.patience and not state.told
+        news = state.pinned >= self.rules.patience and not state.told
         state.told = state.told or news
         return Decision(state.amount, before, binding, news)
 
@@ -146,50 +197,81 @@ class Controller:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.state = State(**state)
+        tracks = {name: Track(**track) for name, track in state["tracks"].items()}
+        self.state = State(**{**state, "tracks": tracks})
 
-    def _seed(self, names: Mapping[str, Reading]) -> None:
-        """At first the multipliers are such that they ask for the amount that is there."""
-        if not self.state.multipliers:
-            self.state.multipliers = dict.fromkeys(names, self._total(self.rules.start) / len(names))
+    def _ahead(self, name: str, reading: Reading, progress: float, left: float) -> float:
+        """ahead_s. A diverged model counts as FARTHEST_ABOVE."""
+        rules, found = self.rules, reading.bound
+        if not math.isfinite(found):
+            return FARTHEST_ABOVE
+        bound = max(_log(found / rules.budget), FARTHEST_BELOW)
+        track = self.state.tracks.get(name)
+        change = surprise = 0.0
+        if track is not None:
+            still = abs(found - rules.budget * math.exp(track.bound)) <= reading.noise
+            change = 0.0 if still else bound - track.bound
+            surprise = _clipped(change - track.trend, -LEAP, LEAP)
+            track.together += 0.3 * (-change * self.state.move - track.together)
+            track.moves += 0.3 * (self.state.move**2 - track.moves)
+        else:
+            track = Track(bound, math.nan)
+        track.bound = bound
+        track.trend += (1 - rules.memory) * surprise / 1.5
+        track.variance += 0.2 * (surprise**2 - track.variance)
+        deviation = math.sqrt(track.variance)
+        room = min(1.5 * deviation, ROOM) * min(1.0, progress / rules.settled) / rules.calms(progress)
+        spacing = (1 - progress) / left
+        target = rules.aim * math.exp(-room) * rules.allowed(progress, spacing)
+        now = 0.0
+        if abs(found - target) > reading.noise:
+            now = _clipped(bound - math.log(target / rules.budget), FARTHEST_BELOW, FARTHEST_ABOVE)
+        last = now if math.isnan(track.smoothed) else track.smoothed
+        track.smoothed = rules.memory * last + (1 - rules.memory) * now
+        self.state.tracks[name] = track
+        looks = min(left, rules.foresight / (1 + 3 * track.response))
+        then = rules.allowed(progress + spacing * looks, spacing)
+        falls = math.log(then / rules.allowed(progress, spacing))  # the path itself until then
+        z, trend = track.smoothed, track.trend
+        if left <= rules.careful:  # what gets worse is believed at once, what gets better when it goes on
+            trend = max(trend, min(change, LEAP)) if now < 0 else trend
+            z = max(now, z)
+        ahead = z + trend * looks - falls
+        if ahead < 0:  # no less replay for what may be chance
+            ahead = min(ahead + deviation / 2, 0.0)
+        return _clipped(ahead, FARTHEST_BELOW, FARTHEST_ABOVE)
 
-    def _excess(self, name: str, reading: Reading, budget: float) -> float:
-        """u_s, between -1 and LARGEST; a diverged model counts as LARGEST."""
-        aim = self.rules.aim * budget
-        high = reading.high if math.isfinite(reading.high) else reading.change
-        if not math.isfinite(high):
-            return LARGEST
-        last = self.state.smoothed.get(name, high)
-        smoothed = self.rules.memory * last + (1 - self.rules.memory) * high
-        self.state.smoothed[name] = smoothed
-        if min(last, smoothed) > 0 and abs(smoothed - last) > reading.noise:
-            # it goes on as it went: what is being learnt again needs no more replay
-            smoothed *= min(max(smoothed / last, 0.5), 2.0) ** self.rules.foresight
-        if abs(smoothed - aim) <= reading.noise:
-            return 0.0
-        return min(max((smoothed - aim) / budget, -1.0), LARGEST)
+    def _move(self, ahead: float, left: float, response: float) -> None:
+        """The amount from now on, within what a look may move it; it does not wind up against its stops."""
+        rules, state = self.rules, self.state
+        hurry = rules.hurry_up / left if ahead > 0 else max(rules.let_go, rules.hurry_down / left)
+        closes = CAREFUL if ahead < 0 and left <= rules.careful else CLOSES
+        most = closes / max(response, 0.1)
+        gain = min(rules.gain * hurry, most)
+        wanted = gain * ahead
+        rise = max(math.log(rules.rise), -state.level * 2 / left)  # the most in half the looks that are left
+        step = _clipped(wanted, -math.log(rules.fall), rise)
+        before, state.level = state.level, _clipped(state.level + step, LOWEST, 0.0)
+        state.move = state.level - before
+        point = round(state.level / STEP)
+        if point != round(before / STEP):
+            state.amount = rules.most * math.exp(point * STEP) if point * STEP > LOWEST else 0.0
 
-    def _limited(self, wanted: float, before: float) -> tuple[float, bool]:
-        """On the grid and within what one look may move; and whether that is less of a move than wanted."""
-        rules = self.rules
-        low, high = before * (1 - rules.fall), min(before + rules.rise * rules.most, rules.most)
-        amount = min(max(wanted, low), high)
-        whole = math.floor if amount < before else math.ceil  # rounding alone would hold small moves up
-        steps = min(max(whole(round(amount / rules.most * GRID, 6)), 0), GRID)
-        return steps / GRID * rules.most, amount != wanted
+    def _out_of_reach(self, name: str, reading: Reading, progress: float, left: float) -> bool:
+        """Whether the bound is over what is allowed now, and at the end if it goes on as it does."""
+        track = self.state.tracks.get(name)
+        if track is None or not math.isfinite(reading.bound):
+            return True
+        over = reading.bound > self.rules.allowed(progress, (1 - progress) / left) + reading.noise
+        return over and track.bound + min(track.trend, 0.0) * left > 0
 
-    def _agree(self, amount: float, binding: str) -> None:
-        """Multipliers that ask for `amount`: they must not run ahead of a move that was held up."""
-        multipliers = self.state.multipliers
-        now, total = sum(multipliers.values()), self._total(amount)
-        for name in multipliers:
-            multipliers[name] *= total / now if now > 0 else 0.0
-        if now <= 0:
-            multipliers[binding] = total
 
-    def _total(self, amount: float) -> float:
-        """The sum of multipliers that asks for `amount`."""
-        return -math.log1p(-min(amount / self.rules.most, NEAR))
+def _clipped(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def resolvable(rows: int) -> bool:

@@ -9,11 +9,12 @@ import pytest
 from framework.config.replay import Replay
 from framework.config.steering import Steering
 from framework.train.retain import Change
+from framework.train.schedule import schedule
 
 WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.dumps(value)))
 
 
-def steering(*, steps=100, names=("chat", "code"), **changes):
+def steering(*, steps=100, names=("chat", "code"), rate=None, **changes):
     """(Steering, amounts it set)."""
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
     asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
@@ -22,7 +23,7 @@ def steering(*, steps=100, names=("chat", "code"), **changes):
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
     steer = amounts.append if replay.sources else None
-    return Steering(replay, names, steer, WORLD, steps=steps), amounts
+    return Steering(replay, names, steer, WORLD, steps=steps, rate=rate), amounts
 
 
 def changes(chat, code=0.0, half=0.001, rows=64):
@@ -33,6 +34,8 @@ QUIET = {"chat": 0.0, "code": 0.0}
 
 
 def look(steer, step, found, noise, divergences=None):
+    """A look after `step` steps, where there is one every two."""
+    steer.controller.state.progress = max(step - 2, 0) / steer.steps
     return steer(step, found, noise, divergences or {})
 
 
@@ -134,6 +137,15 @@ def test_its_state_goes_through_json_and_repeats_every_move():
         look(again, at, changes(value), QUIET)
     assert before + after == amounts
     assert again.state_dict() == whole.state_dict()
+
+
+def test_more_is_allowed_where_the_learning_rate_is_yet_to_fall():
+    """A cosine to nothing: below a tenth of the highest the rate counts as a tenth."""
+    cosine = schedule("cosine", lr=1e-3, total=100, warmup=3)
+    rules = [steering(rate=rate)[0].controller.rules for rate in (cosine, lambda step: 1e-3, None)]
+    falling, steady, unknown = ([one.rate(p) for p in (0.5, 0.8, 0.9, 1.0)] for one in rules)
+    assert falling == [pytest.approx(10 * cosine(s) / 1e-3, rel=0.01) for s in (50, 80)] + [1.0, 1.0]
+    assert steady == unknown == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_budget_of_kl_goes_by_divergence_and_says_so():

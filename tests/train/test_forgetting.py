@@ -98,8 +98,8 @@ def test_a_tenth_of_replay_keeps_the_skills(fixed):
 def test_the_controller_keeps_the_same_budget_with_less_replay(held, fixed):
     kept, result = held
     assert result["budget"]["verdict"] == "kept"
-    assert result["retention"]["skills"]["relative_high"] <= 0.1
-    assert result["budget"]["mean_replay"] < 0.09  # the fixed share that keeps it is 0.1
+    assert 0.04 < result["retention"]["skills"]["relative_high"] <= 0.1  # used, not undercut by far
+    assert result["budget"]["mean_replay"] < 0.06  # the fixed share above is 0.1
     assert kept["skills"] > 0.75
     assert kept["held"] >= 0.99
 
