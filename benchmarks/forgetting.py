@@ -75,7 +75,7 @@ def main() -> None:
         written.replace(out)
     rows = table(found["runs"], world)
     print(markdown(rows, world.SHOWN))
-    if arguments.figure:
+    if arguments.figure and rows:
         from worlds.picture import draw
 
         draw(arguments.figure, rows, gained=world.GAINED, kept=world.KEPT)

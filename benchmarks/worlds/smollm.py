@@ -31,7 +31,7 @@ COMMON = (
     "model.chat_template=chatml "  # without the model's own system prompt, which is a third of a ticket
     "batch.sequences=8 batch.tokens_per_micro=1024 optim.betas=[0.9,0.99] schedule=linear "
     "schedule.warmup_steps=3 tracker.console=none tracker.report=false evaluate.samples=0 "
-    "checkpoint.every=null checkpoint.keep=1 retain=none retain.every=1000 "  # at the start and at the end
+    "checkpoint.every=null checkpoint.keep=1 retain=none retain.rows=20 retain.every=1000 "  # start and end
     "rollout.max_new_tokens=24 reward.workers=1 "
     "evaluate.score={_target_:framework.rollout.rewards.exact,only_exact:true,only_finished:true}"
 ).split()
@@ -68,7 +68,6 @@ ARMS: dict[str, list[str]] = {
     "both-10": replay(0.1, RECORDS, DIALOGUES),
     "both-30": replay(0.3, RECORDS, DIALOGUES),
     "records-own-30": [*replay(0.3, RECORDS, OWN), *WRITTEN],
-    "both-10-start": replay(0.1, RECORDS, DIALOGUES, kind="start"),
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
