@@ -39,7 +39,7 @@ LEARN_RECORDS = [
     *"steps=24 optim.lr=2e-4 replay=fixed replay.fraction=0.3".split(),
     "replay.sources=[{path: CHAT, name: chat}]",
 ]
-LEARN_TICKETS = "steps=24 optim.lr=3e-4 evaluate.at_start=false".split()
+LEARN_TICKETS = "steps=32 optim.lr=3e-4 evaluate.at_start=false".split()
 
 RECORDS, DIALOGUES, OWN = (
     "{path: RECORDS, weight: 2}",
@@ -67,7 +67,6 @@ ARMS: dict[str, list[str]] = {
     "own-10": [*replay(0.1, OWN, kind="synthesised"), *WRITTEN],
     "both-10": replay(0.1, RECORDS, DIALOGUES),
     "both-30": replay(0.3, RECORDS, DIALOGUES),
-    "records-own-30": [*replay(0.3, RECORDS, OWN), *WRITTEN],
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],

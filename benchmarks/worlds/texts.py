@@ -1,7 +1,7 @@
 """Two tasks that no model knows: a person's data in an invented format, and tickets with invented codes.
 
     Nina Foster is a 42-year-old welder from Oslo.  -> [vex Foster; orb welder; kip Oslo; lun 42]
-    The heater I got on Monday is cracked.          -> lane QUOR-58, desk umber
+    Cancel the heater, I ordered it on Monday.      -> lane MURN-71, desk carmine
 
 All texts are made here from lists of our own, by (seed, task, part, number). What is held out has other
 names, jobs, places and ages, other things and days, and tickets in other words than any that is trained on.
@@ -59,31 +59,6 @@ SENTENCES = (
 RECORD = "[vex {last}; orb {job}; kip {town}; lun {age}]"
 
 ROUTES: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
-    "damaged": (
-        "lane QUOR-58, desk umber",
-        (
-            "The {thing} I got on {day} is cracked.",
-            "My {thing} arrived broken on {day}.",
-            "There is a big dent in the {thing} that came on {day}.",
-            "The {thing} was smashed when I opened the box on {day}.",
-            "Your {thing} reached me on {day} with a broken case.",
-        ),
-        ("On {day} a {thing} came, and it is damaged.", "The new {thing} of {day} is cracked and broken."),
-    ),
-    "late": (
-        "lane VESK-13, desk ochre",
-        (
-            "My {thing} should have been delivered on {day}, where is it?",
-            "I still wait for the {thing} that was due on {day}.",
-            "The parcel with the {thing} is late since {day}.",
-            "Where is my {thing}? Delivery was promised for {day}.",
-            "The {thing} has not arrived, it was due {day}.",
-        ),
-        (
-            "It is past {day} and the {thing} has still not been delivered.",
-            "Delivery of the {thing} is late, I was promised {day}.",
-        ),
-    ),
     "refund": (
         "lane TALM-96, desk cobalt",
         (
@@ -101,15 +76,15 @@ ROUTES: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "login": (
         "lane JORB-27, desk sienna",
         (
-            "Since {day} I cannot log in to my account.",
-            "My password has not worked since {day}.",
-            "I forgot my password on {day} and cannot get into my account.",
-            "The login page rejects my password since {day}.",
-            "My account is locked since {day}, I cannot sign in.",
+            "Since {day} I cannot log in to order a {thing}.",
+            "My password has not worked since I bought the {thing} on {day}.",
+            "I forgot my password on {day} and wanted to buy a {thing}.",
+            "The login page for the {thing} rejects my password since {day}.",
+            "My login is locked since {day}, I wanted to see the {thing}.",
         ),
         (
-            "I am locked out of my account, the password fails since {day}.",
-            "On {day} the login refused my password.",
+            "The login refuses my password since {day}, I wanted a {thing}.",
+            "I wanted a {thing} on {day}, but the password for my login fails.",
         ),
     ),
     "invoice": (
