@@ -19,6 +19,7 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -60,7 +61,12 @@ def main() -> None:
     missing = [(arm, seed) for seed in seeds for arm in chosen if (arm, seed) not in done]
     place = (arguments.runs / arguments.world).absolute()
     place.mkdir(parents=True, exist_ok=True)
+    problems = []
     for run in measured(arguments.world, place, missing, arguments.jobs):
+        if isinstance(run, BaseException):
+            problems.append(run)
+            print(f"failed: {run}", file=sys.stderr, flush=True)
+            continue
         found["runs"].append(run)
         print(json.dumps(run), flush=True)
         order = list(world.ARMS)
@@ -79,10 +85,13 @@ def main() -> None:
         from worlds.picture import draw
 
         draw(arguments.figure, rows, gained=world.GAINED, kept=world.KEPT)
+    if problems:
+        raise SystemExit(f"{len(problems)} failed; the same command tries them again") from problems[0]
 
 
 def measured(world: str, place: Path, missing: Sequence[tuple[str, int]], jobs: int) -> Any:
-    """Each missing run of (arm, seed) once it is done, `jobs` at a time in processes of their own."""
+    """Each missing run of (arm, seed) once it is done, `jobs` at a time in processes of their own; or what
+    has kept it from being done."""
     if not missing:
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -91,8 +100,9 @@ def measured(world: str, place: Path, missing: Sequence[tuple[str, int]], jobs: 
         arms = [pool.submit(run, world, place, arm, seed) for arm, seed in missing]
         try:
             for finished in as_completed([*starts, *arms]):
-                if finished.result() is not None:
-                    yield finished.result()
+                problem = finished.exception()
+                if problem is not None or finished in arms:
+                    yield problem or finished.result()
         except BaseException:  # what has not begun never does
             pool.shutdown(cancel_futures=True)
             raise
