@@ -48,7 +48,7 @@ RECORDS, DIALOGUES, OWN = (
 )
 """What can be replayed. A record has 18 trained tokens and an answer of a chat some 39, so two to one is half
 and half of the tokens."""
-WRITTEN = "synthesis.rows=40 synthesis.max_new_tokens=64 synthesis.batch_size=64".split()
+WRITTEN = "synthesis.rows=24 synthesis.max_new_tokens=96 synthesis.batch_size=64".split()
 BUDGET = 0.1  # of perplexity, on records and on chat
 
 
@@ -143,7 +143,13 @@ class World:
         """What is left after the tickets were learnt in the way of that name."""
         if name == START:
             found = json.loads((self.place / "start.json").read_text())
-            return found | {"chat_change": 0.0, "records_change": 0.0, "chat_kl": 0.0, "tokens": None}
+            return found | {
+                "chat_change": 0.0,
+                "records_change": 0.0,
+                "chat_kl": 0.0,
+                "tokens": None,
+                "replay": None,
+            }
         model = self.place / START / "model"
         found = self._train(name, model, "tickets", *LEARN_TICKETS, *ARMS[name])
         shutil.rmtree(self.place / name)
@@ -175,7 +181,7 @@ class World:
         if work(compose(self.settings(name, str(model), task, *more))) != 0:
             raise RuntimeError(f"{name} did not finish; see {run_dir}")
         shutil.rmtree(run_dir / "checkpoints")
-        return summary(run_dir)
+        return summary(run_dir, task)
 
 
 def listed(sources: Mapping[str, str]) -> str:
@@ -183,11 +189,16 @@ def listed(sources: Mapping[str, str]) -> str:
     return ", ".join(f"{{path: {path}, name: {name}}}" for name, path in sources.items())
 
 
-def summary(run_dir: Path) -> dict[str, Any]:
+def summary(run_dir: Path, task: str) -> dict[str, Any]:
     """What a run has measured of the model that it hands out."""
     result = json.loads((run_dir / "result.json").read_text())
     lines = list(jsonl.read(run_dir / "metrics.jsonl"))
-    looks, asked = ([line for line in lines if line["kind"] == kind] for kind in ("retain", "eval"))
+    looks, asked, steps = (
+        [line for line in lines if line["kind"] == kind] for kind in ("retain", "eval", "train")
+    )
+    learnt = sum(line[f"trained_tokens/{task}"] for line in steps) / sum(
+        line["trained_tokens"] for line in steps
+    )
     kept, budget = result["retention"], result.get("budget", {})
     return {
         "tickets": result["metrics"]["tickets/accuracy"],
@@ -200,7 +211,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "records_change": kept["records"]["change"],
         "trained_tokens": result["trained_tokens"],
         "tokens": result["tokens"],
-        "replay": budget.get("mean_replay"),
+        "replay": 1 - learnt,
         "verdict": budget.get("verdict"),
         "x": result.get("interpolation", {}).get("x"),
     }
