@@ -1,5 +1,6 @@
 # make demo       fine-tune a real model on two ranks and see what it learnt and what it kept
 # make demo-rlhf  teach it further by preferences and rewards, and see what each way brought
+# make forgetting compare what keeps that model from forgetting, over three seeds; ARGS='--seeds 0' for one
 # make test       run the tests
 # make test-multihost  train on two and four hosts made of network namespaces; needs root and iproute2
 # make certify    prove that a run is one run, however it is spread; ARGS=--half or ARGS=--cover for fewer cells
@@ -7,7 +8,7 @@
 # make docs       build the documentation into build/site
 # Each makes the virtual environment and installs what it needs, once: again only when pyproject.toml or
 # constraints.txt change. PYTHON=... chooses the interpreter (3.11 or newer), VENV=... the place, JOBS=... how many
-# test files run at a time.
+# test files, or arms of `make forgetting`, run at a time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +26,7 @@ SHELL = /bin/bash
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-rlhf test test-multihost certify check docs clean
+.PHONY: help demo demo-rlhf forgetting test test-multihost certify check docs clean
 help:
 	@sed -n 's/^# \(make \)/\1/p' Makefile
 
@@ -34,6 +35,9 @@ demo: $(STAMPS)/demo
 
 demo-rlhf: $(STAMPS)/demo
 	@$(VENV)/bin/python launch/pipeline.py experiment=rlhf_demo $(ARGS)
+
+forgetting: $(STAMPS)/demo
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/forgetting.py --world smollm --jobs $(JOBS) $(ARGS)
 
 test: $(STAMPS)/test
 	@$(VENV)/bin/python -m pytest -m "not multihost" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
