@@ -4,7 +4,7 @@ Forgetting answers to replay in proportions: from 1 % to 2 % does about as much 
 is moved is the logarithm of the amount, by the logarithm of how far the upper 95 % bound of each kind s of
 text is from where it may be when the part p of the run is done:
 
-    path     = budget * max(ease^max(0, 1 - p / settled), (rate(p) / rate(1))^1/2, at most 2)
+    path     = budget * max(ease^max(0, 1 - p / settled), (rate(p) / rate(1))^0.6, at most 3)
     target_s = aim * path, less room for how far looks have been off what the ones before foretold
     z_s      = log(bound_s / target_s), 0 within the noise of the measurement
     ahead_s  = z_s + how it will have moved against the path when a change of the amount shows
@@ -38,7 +38,7 @@ LEAP = 0.3  # most that one look may tell of the trend
 ROOM = 0.3  # most that surprises may take off the target, as a logarithm
 CALMS = 0.6  # what is forgotten under a constant share follows at least this power of the learning rate
 CALMED = 3.0  # most budgets that are allowed for what the falling rate is yet to bring back
-CLOSES, CAREFUL = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
+CLOSES, CLOSES_CAREFULLY = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
 HELD = ("kept", "unresolvable", "infeasible")  # verdicts, the best first
 
 
@@ -245,7 +245,7 @@ class Controller:
         """The amount from now on, within what a look may move it; it does not wind up against its stops."""
         rules, state = self.rules, self.state
         hurry = rules.hurry_up / left if ahead > 0 else max(rules.let_go, rules.hurry_down / left)
-        closes = CAREFUL if ahead < 0 and left <= rules.careful else CLOSES
+        closes = CLOSES_CAREFULLY if ahead < 0 and left <= rules.careful else CLOSES
         most = closes / max(response, 0.1)
         gain = min(rules.gain * hurry, most)
         wanted = gain * ahead
