@@ -70,6 +70,7 @@ ARMS: dict[str, list[str]] = {
     "records-own-30": [*replay(0.3, RECORDS, OWN, kind="synthesised"), *WRITTEN],
     "records-own-50": [*replay(0.5, RECORDS, OWN, kind="synthesised"), *WRITTEN],
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
+    "records-own-30-start": [*replay(0.3, RECORDS, OWN, kind="start"), *WRITTEN],
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
     "lora": ["adapter=lora", "optim.lr=3e-3"],  # ten times the rate, as conf/adapter/lora.yaml says
