@@ -30,7 +30,7 @@ BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # of perplexity on the skills
 
 ARMS: dict[str, list[str]] = {
     "none": [],
-    **{f"replay-{p}": ["replay=fixed", REPLAY, f"replay.fraction={p / 100}"] for p in (2, 5, 10, 30)},
+    **{f"replay-{p}": ["replay=fixed", REPLAY, f"replay.fraction={p / 100}"] for p in (0.5, 1, 2, 5, 10, 30)},
     "replay-10-start": ["replay=start", REPLAY, "replay.fraction=0.1"],
     **{f"l2sp-{c}": ["protect=l2sp", f"protect.pull={c}"] for c in (3, 10, 30)},
     **{f"ewc-{c}": ["protect=ewc", f"protect.pull={c}", f"protect.{REPLAY[7:]}"] for c in (3, 10, 30)},
