@@ -1,6 +1,7 @@
 """Reference and reward models on every strategy: right answers, nothing held besides weights, refilled."""
 
 import gc
+import time
 from functools import partial
 
 import pytest
@@ -25,6 +26,12 @@ def held():
     return found
 
 
+def new_since(before):
+    """What is held besides, a moment later: threads of collectives let go of their buffers when they run."""
+    time.sleep(0.02)
+    return {place: what for place, what in held().items() if place not in before}
+
+
 def freezes(world, name, precision, head, path):
     """(answers, the same by one plain module, bytes held per parameter, types held, whether any grows)."""
     build, weights = spread.model(path, head=head)
@@ -39,7 +46,7 @@ def freezes(world, name, precision, head, path):
     frozen = spread.STRATEGIES[name](world, precision=precision).freeze(build, weights)
     answers = [frozen(rows)[0] for _ in range(3)]
     assert all(torch.equal(answer, answers[0]) and not answer.requires_grad for answer in answers)
-    grown = {place: what for place, what in held().items() if place not in before}
+    grown = min((new_since(before) for _ in range(5)), key=lambda new: sum(size for size, _ in new.values()))
     large = {str(kind) for size, kind in grown.values() if size > 256}
     return torch.equal(answers[0], expected), sum(size for size, _ in grown.values()) / parameters, large
 
