@@ -93,7 +93,7 @@ class RolloutBatch(Batch):
     """
 
     advantages: Tensor  # [K] fp32
-    old_logps: Tensor  # [K] fp32 nats, of the trainer's own policy before the first update
+    old_logps: Tensor | None = None  # [K] fp32 nats, of the policy before the first update; None: this is it
     correction: Tensor | None = None  # [K] fp32, weight for the difference between sampler and trainer
     reference_logps: Tensor | None = None  # [K] fp32 nats
     old_values: Tensor | None = None  # [K] fp32, the critic's before the first update

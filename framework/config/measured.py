@@ -44,13 +44,13 @@ def measure(world: World, arguments: Sequence[str], *, steps: int) -> dict[str, 
         terms = stage.next(step)
         if began and run.stage.name in ONLINE:
             answer["tokens"].append([c.ids for c in stage._experience.completions])  # type: ignore[attr-defined]
+        answer["micros"].append(len(terms[0].micros))
+        accumulate(engine, terms, seed=run.seed, step=step, meter=meter)
         answer["rollouts"] += [
             {name: value for name, value in metrics.items() if not name.startswith("seconds")}
             for kind, metrics in stage.reports()
             if kind == "rollout"
         ]
-        answer["micros"].append(len(terms[0].micros))
-        accumulate(engine, terms, seed=run.seed, step=step, meter=meter)
         norm = engine.step(lr=rate(step), max_grad_norm=run.optim.max_grad_norm)
         line = {name: value for name, value in meter.line().items() if name not in OF_THE_RANKS}
         answer["lines"].append(line | {"grad_norm": norm})

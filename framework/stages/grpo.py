@@ -35,8 +35,6 @@ class Grpo:
     REINFORCE++; GRPO's own KL term is part of `loss` (`kl`).
     """
 
-    needs: frozenset[str] = frozenset()
-
     def __init__(
         self,
         loss: Callable[..., Items],
@@ -50,9 +48,9 @@ class Grpo:
                 f"stage.advantages={advantages} is unknown; type one of {', '.join(sorted(ADVANTAGES))}"
             )
         self.penalty = penalty or KlPenalty()
-        self.wants_reference = (
-            self.penalty.used or "reference_logps" in inputs(loss) or advantages == "teacher"
-        )
+        compared = self.penalty.used or advantages == "teacher"
+        self.needs = frozenset({"logps"} if compared else ())
+        self.wants_reference = compared or "reference_logps" in inputs(loss)
         self._advantages = ADVANTAGES[advantages]
         self._objective = PolicyObjective(loss, temperature=temperature)
 

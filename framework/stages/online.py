@@ -3,7 +3,9 @@
 An iteration is a transaction: prompts, answers, rewards, the trainer's own log-probabilities, advantages,
 minibatches. Nothing is kept until it is whole, and everything in it is keyed by (seed, iteration, ...), so a
 run that was killed inside one repeats it. What is computed per answer token is shared with all ranks before
-it is used: statistics and the contents of minibatches cannot depend on their number.
+it is used: statistics and the contents of minibatches cannot depend on their number. Where one step takes all
+answers and nothing before it needs the log-probabilities, that step's own forward passes give them, and the
+rollout is reported after it.
 The algorithm comes in as a `Method`. Letters: N answers, Q answer tokens.
 """
 
@@ -17,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from framework.batch import Outputs
+from framework.batch import Outputs, RolloutBatch
 from framework.errors import ConfigError, SapwoodError
 from framework.keyed import key
 from framework.rollout.base import Rollout, Sampling
@@ -42,10 +44,19 @@ Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
 UNSHAPED = Shaping()
 
 
+@dataclass
+class _Unread:
+    """An iteration that waits for its one step: what is known of it, and what that step trains on."""
+
+    metrics: Mapping[str, Any]
+    chosen: Sequence[int] = ()
+    micros: Sequence[RolloutBatch] = ()
+
+
 class Method(Protocol):
     """What an algorithm makes of an iteration's answers, and how it learns from them."""
 
-    needs: frozenset[str]  # fields of `Outputs` to compute before training, besides logps and entropies
+    needs: frozenset[str]  # fields of `Outputs` that `estimate` reads
     wants_reference: bool
 
     def objective(self, iteration: int) -> PolicyObjective:
@@ -122,6 +133,7 @@ class Online:
         self._experience: Experience | None = None
         self._queue: deque[list[int]] = deque()
         self._reports: list[tuple[str, Mapping[str, Any]]] = []
+        self._unread: _Unread | None = None
         self._unchecked = False  # whether a step was taken whose distance was not looked at yet
 
     # ----- the stage
@@ -141,6 +153,8 @@ class Online:
         )
         self._unchecked = True
         objective = self.method.objective(self.iteration - 1)
+        if self._unread is not None:
+            self._unread.chosen, self._unread.micros = chosen, micros
         return [Term(objective, micros, stats=self._stats(chosen, len(micros)))]
 
     @property
@@ -157,7 +171,8 @@ class Online:
         return not self._queue
 
     def reports(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
-        """What happened in rollouts since the last call."""
+        """What happened in rollouts since the last call. Collective."""
+        self._read()
         waiting, self._reports = self._reports, []
         return waiting
 
@@ -179,7 +194,7 @@ class Online:
         self.index, self.iteration = int(state["index"]), int(state["iteration"])
         self.seen = Running(**state["scores"])
         self.method.load_state_dict(state["method"])
-        self._experience = None
+        self._experience = self._unread = None
         self._queue.clear()
         self._unchecked = False
 
@@ -204,57 +219,84 @@ class Online:
         check_failures(experience, self.plan.max_failed_share)
         if self.plan.mask_truncated:
             experience = replace(experience, counted=experience.counted & experience.finished)
-        experience = self._known(experience)
+        once = self._once(experience)
+        experience = self._known(experience, ours=not once)
         clock.lap("forward")
-        metrics |= measures.of_rollout(experience)
         scores = self.shaping(experience.rewards, experience.finished, self.seen)
         experience = self._corrected(replace(experience, scores=scores))
         experience, estimated = self.method.estimate(experience)
-        metrics |= {**estimated, **measures.of_advantages(experience)}
         slowest = self.engine.world.max(list(clock.seconds.values()))
+        metrics |= estimated
         metrics |= {f"seconds/{name}": s for name, s in zip(clock.seconds, slowest, strict=True)}
         metrics |= {"iteration": self.iteration, "data_index": asked.stop}
         for epoch in range(self.plan.epochs):
             order = torch.Generator().manual_seed(key(self.seed, "minibatches", self.iteration, epoch))
             self._queue.extend(minibatches(experience, sequences=self.plan.sequences, order=order))
         self._experience = experience
-        self._reports.append(("rollout", metrics))
-        if self.plan.shown:
-            self._reports.append(
-                ("samples", {"rows": measures.rows(experience, self.plan.shown, self.decode)})
-            )
+        self._unread = _Unread(metrics) if once else None
+        if not once:
+            self._tell(experience, metrics)
         self.index = asked.stop
         self.iteration += 1
         self._unchecked = False
         self.method.objective(self.iteration - 1).forget()
 
-    def _known(self, experience: Experience) -> Experience:
-        """With what the trainer and the reference say of the answers before the first update."""
-        needs = self.method.needs | {"entropies"}
+    def _once(self, experience: Experience) -> bool:
+        """Whether the forward pass of training is the first that has to read these answers."""
+        steps = self.plan.epochs * -(-len(experience.completions) // self.plan.sequences)
+        return steps == 1 and not self.method.needs and self.correction is None
+
+    def _read(self) -> None:
+        """Report an iteration of one step when that step's forward passes are done. Collective."""
+        unread, experience = self._unread, self._experience
+        heard = self.method.objective(self.iteration - 1).heard
+        if unread is None or not unread.micros or not all(id(batch) in heard for batch in unread.micros):
+            return
+        assert experience is not None
+        answers = iter([heard.pop(id(batch)) for batch in unread.micros])
+        answered = sharing.over_tokens(
+            self.engine.world, experience, self.packing, lambda _: next(answers), unread.chosen
+        )
+        self._unread = None
+        told = replace(experience, old_logps=answered["logps"], entropies=answered["entropies"])
+        self._tell(told, unread.metrics)
+
+    def _tell(self, experience: Experience, metrics: Mapping[str, Any]) -> None:
+        """Put the iteration's lines among the reports."""
+        line = {**metrics, **measures.of_rollout(experience), **measures.of_advantages(experience)}
+        self._reports.append(("rollout", line))
+        if self.plan.shown:
+            self._reports.append(
+                ("samples", {"rows": measures.rows(experience, self.plan.shown, self.decode)})
+            )
+
+    def _known(self, experience: Experience, *, ours: bool) -> Experience:
+        """With what the reference and, where `ours` is wanted, the trainer say of the answers."""
+        needs = self.method.needs | {"logps", "entropies"}
         temperature = {"temperature": self.sampling.temperature}
 
-        def ours(batch: Any) -> dict[str, Tensor]:
-            outputs = self.engine(batch, needs=needs, **temperature)
-            return {name: getattr(outputs, name) for name in ["logps", *sorted(needs)]}
+        def asked(batch: Any) -> dict[str, Tensor]:
+            outputs = self.engine(batch, needs=needs - {"logps"}, **temperature)
+            return {name: getattr(outputs, name) for name in sorted(needs)}
 
         with self.engine.inference():
-            answered = sharing.over_tokens(self.engine.world, experience, self.packing, ours)
-            experience = replace(
-                experience,
-                old_logps=answered["logps"],
-                entropies=answered["entropies"],
-                old_values=answered.get("values"),
-            )
-            if self.reference is None:
-                return experience
-            start_model = self.reference
-            theirs = sharing.over_tokens(
-                self.engine.world,
-                experience,
-                self.packing,
-                lambda batch: {"logps": start_model(batch, **temperature).logps},
-            )
-        return replace(experience, reference_logps=theirs["logps"])
+            if ours:
+                answered = sharing.over_tokens(self.engine.world, experience, self.packing, asked)
+                experience = replace(
+                    experience,
+                    old_logps=answered["logps"],
+                    entropies=answered["entropies"],
+                    old_values=answered.get("values"),
+                )
+            if (start_model := self.reference) is not None:
+                theirs = sharing.over_tokens(
+                    self.engine.world,
+                    experience,
+                    self.packing,
+                    lambda batch: {"logps": start_model(batch, **temperature).logps},
+                )
+                experience = replace(experience, reference_logps=theirs["logps"])
+        return experience
 
     def _corrected(self, experience: Experience) -> Experience:
         """With a weight for every token that sampler and trainer see differently."""

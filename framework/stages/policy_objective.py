@@ -37,7 +37,8 @@ class PolicyObjective:
     On offer, [K] each: logps, old_logps, advantages, weight, segments, and where the stage has them
     reference_logps, correction, old_values, returns; and what the model computes on request, entropies and
     values. A token costs loss + `value_scale` * value_loss; with `critic_only` the second alone, and then
-    only the critic runs and gets a gradient.
+    only the critic runs and gets a gradient. A batch without old_logps is of answers that these very weights
+    gave: they are its logps, without gradient, and `heard` keeps what the model said of it.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PolicyObjective:
         self.forget()
 
     def __call__(self, engine: Engine, batch: RolloutBatch) -> Items:
-        batch = batch.to(engine.world.device)
+        asked, batch = id(batch), batch.to(engine.world.device)
         given: dict[str, Tensor | None] = {
             "weight": batch.weights,
             "segments": batch.segments,
@@ -73,9 +74,15 @@ class PolicyObjective:
             value = _call(self.value_loss, given | {"values": engine(batch, actor=False).scores})
             metrics = {**value.metrics, "value/loss": value.loss.detach()}
             return Items(self.value_scale * value.loss, value.weight, metrics)
-        outputs = engine(batch, needs=self.needs, temperature=self.temperature)
-        self._watch(outputs.logps.detach(), batch)
+        first = batch.old_logps is None
+        needs = self.needs | {"entropies"} if first else self.needs
+        outputs = engine(batch, needs=needs, temperature=self.temperature)
         given |= {name: getattr(outputs, name) for name in ("logps", *self.needs)}
+        if first:
+            given["old_logps"] = outputs.logps.detach()
+            self.heard[asked] = {name: getattr(outputs, name).detach() for name in ("logps", "entropies")}
+        else:
+            self._watch(outputs.logps.detach() - batch.old_logps, batch.weights > 0)
         policy = _call(self.loss, given)
         if self.value_loss is None:
             return policy
@@ -85,21 +92,21 @@ class PolicyObjective:
         return Items(policy.loss + self.value_scale * value.loss, policy.weight, both)
 
     def forget(self) -> None:
-        """Start to measure the distance anew."""
+        """Start to measure the distance anew, and to hear."""
+        self.heard: dict[int, dict[str, Tensor]] = {}  # id of a batch -> logps and entropies, [K] each
         self._distance = torch.zeros(2, dtype=torch.float64)  # sum over tokens, tokens
 
     def distance(self, world: World) -> float:
         """Mean k3 estimate, in nats per counted token, of the KL between the policy that made the answers
         and the one of the last step's forward passes. Collective; starts anew."""
         total, tokens = self._distance.tolist()
-        self.forget()
+        self._distance = torch.zeros_like(self._distance)
         total, tokens = world.sum([total, tokens])
         return total / tokens if tokens else 0.0
 
-    def _watch(self, logps: Tensor, batch: RolloutBatch) -> None:
+    def _watch(self, log_ratio: Tensor, counted: Tensor) -> None:
         """Add up exp(l) - 1 - l, l = log new - log old, over counted tokens, on the device."""
-        log_ratio = (logps - batch.old_logps).double()
-        counted = batch.weights > 0
+        log_ratio = log_ratio.double()
         k3 = torch.where(counted, log_ratio.exp() - 1 - log_ratio, 0.0)
         self._distance = self._distance.to(k3.device) + torch.stack([k3.sum(), counted.sum().double()])
 

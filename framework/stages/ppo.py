@@ -39,7 +39,7 @@ class Ppo:
     zero (weight decay, if any, still acts).
     """
 
-    needs = frozenset({"values"})
+    needs = frozenset({"logps", "values"})
 
     def __init__(
         self,

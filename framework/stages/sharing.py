@@ -5,7 +5,7 @@ Every rank adds zeros where another one computed, so the sum over ranks is exact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,15 @@ def over_tokens(
     experience: Experience,
     packing: Packing,
     answer: Callable[[Batch], Mapping[str, Tensor]],
+    chosen: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
-    """[Q] fp64 of each name that `answer` gives as [K] for a micro-batch, on every rank. Collective."""
+    """[Q] fp64 of each name that `answer` gives as [K] for a micro-batch, on every rank. Collective.
+
+    Micro-batches are those of all sequences in the order of `chosen`; None: their own.
+    """
     mine: dict[str, Tensor] = {}
-    for batch, tokens in cut(experience, range(len(experience.completions)), packing):
+    order = range(len(experience.completions)) if chosen is None else chosen
+    for batch, tokens in cut(experience, order, packing):
         for name, values in answer(batch).items():
             whole = mine.setdefault(name, torch.zeros(int(experience.offsets[-1]), dtype=torch.float64))
             if tokens.numel():

@@ -260,10 +260,10 @@ def train(
         step = progress.step
         rate = learning_rate(step)
         terms = stage.next(step)
-        report(stage.reports())
         if scale is not None:
             terms = scale(terms, seed=plan.seed, step=step)
         accumulate(engine, terms, seed=plan.seed, step=step, meter=meter)
+        report(stage.reports())
         norm = engine.step(lr=rate, max_grad_norm=plan.max_grad_norm)
 
         progress.step += 1

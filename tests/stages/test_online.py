@@ -9,6 +9,7 @@ from online_toys import FixedEngine, Scripted, judged, packing, prompts
 from framework.errors import ConfigError, SapwoodError
 from framework.losses.correction import sampler_correction
 from framework.losses.items import Items
+from framework.losses.policy_gradient import ppo
 from framework.rollout.base import Completion, Prompt, Sampling
 from framework.rollout.experience import Experience, Shaping
 from framework.stages import measures
@@ -26,10 +27,10 @@ def reinforce(logps, advantages, weight):
 class Plain:
     """Each token's advantage is its answer's reward; remembers how often it was asked."""
 
-    def __init__(self, *, needs=frozenset(), wants_reference=False):
+    def __init__(self, *, needs=frozenset(), wants_reference=False, loss=reinforce):
         self.needs, self.wants_reference = needs, wants_reference
         self.calls = 0
-        self._objective = PolicyObjective(reinforce, temperature=0.7)
+        self._objective = PolicyObjective(loss, temperature=0.7)
 
     def objective(self, iteration):
         return self._objective
@@ -63,6 +64,14 @@ def stage(plan=None, *, rollout=None, reward=length_reward, method=None, samples
         seed=5,
         **others,
     )
+
+
+def stepped(rl, number):
+    """What the trainer does with a step, short of learning from it."""
+    (term,) = rl.next(number)
+    for batch in term.micros:
+        term.objective(rl.engine, batch)
+    return [term]
 
 
 def tokens(terms):
@@ -111,7 +120,7 @@ def test_the_trainer_asks_at_the_sampling_temperature_for_everybody():
 
     engine = FixedEngine(WORLD)
     rl = stage(method=Plain(wants_reference=True), reference=reference)
-    terms = rl.next(0)
+    terms = stepped(rl, 0)
     terms[0].objective(rl.engine, terms[0].micros[0])
     assert rl.engine.temperatures == {0.7}
     assert set(asked) == {0.7}
@@ -131,6 +140,71 @@ def test_a_reference_is_not_asked_when_nobody_wants_it_and_missed_when_somebody_
     stage(reference=never).next(0)
     with pytest.raises(ConfigError, match="reference"):
         stage(method=Plain(wants_reference=True))
+
+
+class Listening(FixedEngine):
+    """Remembers what it said."""
+
+    def __init__(self, world):
+        super().__init__(world)
+        self.said = []
+
+    def __call__(self, batch, **options):
+        self.said.append(super().__call__(batch, **options))
+        return self.said[-1]
+
+
+def test_answers_that_one_step_takes_are_read_by_that_step_alone_and_reported_after_it():
+    """As if they had been read before: the same line, the same loss, the same gradient."""
+    found, read = [], []
+    clipped = partial(ppo, clip_low=0.2, clip_high=0.2)
+    for needs in (frozenset(), frozenset({"logps"})):
+        method = Plain(needs=needs, loss=clipped, wants_reference=True)
+        reference = partial(FixedEngine(WORLD), adapter=False)
+        rl = stage(Plan(prompts=4, sequences=8, shown=0), method=method, reference=reference)
+        rl.engine = Listening(WORLD)
+        (term,) = rl.next(0)
+        early = rl.reports()
+        assert bool(early) == bool(needs)
+        losses = [term.objective(rl.engine, batch).total() for batch in term.micros]
+        sum(losses).backward()
+        ((_, line),) = [*early, *rl.reports()]
+        assert rl.reports() == []
+        read.append(len(rl.engine.said))
+        line = {name: value for name, value in line.items() if not name.startswith("seconds")}
+        gradients = [said.logps.grad.tolist() for said in rl.engine.said if said.logps.grad is not None]
+        found.append((line, [loss.item() for loss in losses], gradients))
+    assert found[0] == found[1]
+    assert found[0][0]["kl"] == pytest.approx(0.5)
+    assert {"entropy", "mismatch/mean", "kl_k3"} <= found[0][0].keys()
+    assert 2 * read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"plan": Plan(prompts=4, sequences=8, epochs=2)},
+        {"plan": Plan(prompts=4, sequences=4)},
+        {"plan": Plan(prompts=4, sequences=8), "correction": lambda old, sampler, owners: old.exp()},
+        {"plan": Plan(prompts=4, sequences=8), "method": Plain(needs=frozenset({"values"}))},
+    ],
+    ids=["epochs", "minibatches", "correction", "values"],
+)
+def test_answers_that_are_trained_on_again_or_weighed_are_read_before(why):
+    rl = stage(**why)
+    (term,) = rl.next(0)
+    assert [kind for kind, _ in rl.reports()] == ["rollout", "samples"]
+    assert term.micros[0].old_logps is not None
+
+
+def test_a_step_that_was_not_taken_leaves_nothing_to_report():
+    rl = stage(Plan(prompts=4, sequences=8))
+    state = rl.state_dict()
+    rl.next(0)
+    rl.load_state_dict(state)
+    assert rl.reports() == []
+    stepped(rl, 0)
+    assert [kind for kind, _ in rl.reports()] == ["rollout", "samples"]
 
 
 def test_sampling_without_chance_is_refused():
@@ -155,7 +229,7 @@ def test_a_failed_reward_is_left_out_and_never_a_zero():
         return judged([1.0 if i % 2 == 0 else math.nan for i in range(len(completions))])
 
     rl = stage(Plan(prompts=4, sequences=8), reward=hostile)
-    (term,) = rl.next(0)
+    (term,) = stepped(rl, 0)
     (_, metrics), _ = rl.reports()
     assert (metrics["reward"], metrics["reward_failed_share"], metrics["counted_share"]) == (1.0, 0.5, 0.5)
     counted = sum(int((batch.weights > 0).sum()) for batch in term.micros)
@@ -182,7 +256,7 @@ def test_an_iteration_in_which_every_reward_failed_trains_on_nothing():
         Plan(prompts=4, sequences=4, max_failed_share=1.0),
         reward=lambda p, c: judged([math.nan] * len(c)),
     )
-    (term,) = rl.next(0)
+    (term,) = stepped(rl, 0)
     assert sum(batch.units for batch in term.micros) == 0
     (_, metrics), _ = rl.reports()
     assert metrics["reward_failed_share"] == 1.0
@@ -196,7 +270,7 @@ def alike_on_even_prompts(prompts, completions):
 def test_groups_that_scored_alike_are_replaced_up_to_a_bound():
     """Of prompts 0 to 3 only 1 and 3 have spread; two more are drawn (4, 5), then one (6), then 7."""
     rl = stage(Plan(prompts=4, sequences=8, extra_prompts=8), reward=alike_on_even_prompts)
-    rl.next(0)
+    stepped(rl, 0)
     assert rl.rollout.asked == [[0, 1, 2, 3], [4, 5], [6], [7]]
     (_, metrics), _ = rl.reports()
     assert metrics["prompts_drawn"] == 8
@@ -205,14 +279,14 @@ def test_groups_that_scored_alike_are_replaced_up_to_a_bound():
     assert rl.state_dict()["index"] == 8
 
     rl = stage(Plan(prompts=4, sequences=8, extra_prompts=3), reward=alike_on_even_prompts)
-    (term,) = rl.next(0)
+    (term,) = stepped(rl, 0)
     assert rl.rollout.asked == [[0, 1, 2, 3], [4, 5], [6]]
     assert term.stats["sequences"] == 6  # three groups: one short
 
 
 def test_when_nothing_has_spread_the_first_groups_stay():
     rl = stage(Plan(prompts=2, sequences=4, extra_prompts=2), reward=lambda p, c: judged([1.0] * len(c)))
-    (term,) = rl.next(0)
+    (term,) = stepped(rl, 0)
     assert rl.rollout.asked == [[0, 1], [2, 3]]
     assert term.stats["sequences"] == 4
     assert rl.state_dict()["index"] == 4
@@ -222,7 +296,7 @@ def test_truncated_answers_can_be_judged_without_being_trained_on():
     """The script's answers of four tokens did not end by themselves."""
     for mask, counted in ((False, 20), (True, 12)):
         rl = stage(Plan(prompts=4, sequences=8, mask_truncated=mask))
-        (term,) = rl.next(0)
+        (term,) = stepped(rl, 0)
         assert term.stats["trained_tokens"] == counted
         (_, metrics), _ = rl.reports()
         assert metrics["reward"] == 20 / 8
@@ -289,7 +363,7 @@ def test_a_correction_needs_a_sampler_that_keeps_its_log_probabilities():
             return replace(super()._answer(prompt, sample), logps=())
 
     rl = stage(rollout=Silent())
-    rl.next(0)
+    stepped(rl, 0)
     assert not [name for name in rl.reports()[0][1] if name.startswith("mismatch")]
     with pytest.raises(SapwoodError, match=r"correction\.level=none"):
         stage(rollout=Silent(), correction=partial(sampler_correction, level="token")).next(0)
@@ -298,7 +372,7 @@ def test_a_correction_needs_a_sampler_that_keeps_its_log_probabilities():
 def test_scores_are_shaped_before_they_are_learnt_from():
     """Answers of 3, 1, 2 and 4 tokens, one a token; those of 4 did not end and lose 10."""
     rl = stage(Plan(prompts=4, sequences=8), shaping=Shaping(missing_eos_penalty=10.0, running=True))
-    rl.next(0)
+    stepped(rl, 0)
     (_, metrics), _ = rl.reports()
     assert metrics["reward"] == 2.5  # as the reward gave it
     assert metrics["score"] == pytest.approx(-10 * 2 / 8)  # normalised to mean 0, then punished
@@ -316,7 +390,7 @@ def test_a_loss_gets_what_it_names_and_no_more():
         return Items(-scale * logps, weight)
 
     rl = stage()
-    (term,) = rl.next(0)
+    (term,) = stepped(rl, 0)
     objective = PolicyObjective(greedy, temperature=0.7)
     assert objective.needs == {"entropies"}
     objective(rl.engine, term.micros[0])
