@@ -22,6 +22,7 @@ from framework.rollout.experience import Packing
 from framework.rollout.hf import HfRollout
 from framework.rollout.judge import Judge, Spec
 from framework.rollout.pool import Limits
+from framework.rollout.weights import CRITIC
 from framework.stages.judge import ModelReward, Scored
 from framework.strategy.base import Engine, World
 from framework.train.trainer import Assess, Report
@@ -145,7 +146,7 @@ def build_assess(prepared: Prepared, world: World, engine: Engine, rollout: Roll
         )
 
     def assess(step: int) -> tuple[Mapping[str, float], Sequence[Report]]:
-        rollout.update(engine.weights(), version=step)
+        rollout.update(engine.weights(without=CRITIC), version=step)
         metrics: dict[str, float] = {}
         lines: list[Report] = []
         for name, assessor in assessors.items():

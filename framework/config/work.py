@@ -30,7 +30,7 @@ from framework.config.schema import Run
 from framework.config.stage import SUPERVISED, writes
 from framework.errors import DONE, INTERRUPTED, ConfigError, DataError
 from framework.models import answering
-from framework.models.actor_critic import POLICY, part
+from framework.models.actor_critic import CRITIC, POLICY, part
 from framework.models.export import export
 from framework.rollout.hf import complete
 from framework.stages.base import Term
@@ -154,7 +154,7 @@ def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
     export(
         where,
         description=inspected.description,
-        weights=engine.weights() if inspected.critic is None else part(engine.weights(), POLICY),
+        weights=engine.weights() if inspected.critic is None else part(engine.weights(without=CRITIC), POLICY),
         adapter=build.adapter_of(inspected.run),
         rank=engine.world.rank,
     )

@@ -32,6 +32,7 @@ from framework.rollout.experience import (
     minibatches,
     rollout_batches,
 )
+from framework.rollout.weights import CRITIC
 from framework.stages import measures, sharing
 from framework.stages.asking import Clock, Prompts, Reward, ask, check_failures
 from framework.stages.base import Term
@@ -203,7 +204,7 @@ class Online:
     def _iterate(self, step: int) -> None:
         """Roll out and fill the queue."""
         clock = Clock()
-        self.rollout.update(self.engine.weights(), version=step)
+        self.rollout.update(self.engine.weights(without=CRITIC), version=step)
         clock.lap("update")
         asked = ask(
             self.prompts,

@@ -126,10 +126,10 @@ class Engine(Protocol):
     def inference(self) -> AbstractContextManager[None]:
         """No gradients, dropout off."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, whole, under its name in the built model, on every rank.
 
-        Collective: all ranks iterate to the end. Trained parameters in fp32 (the masters), frozen
+        Those whose names begin with `without` are left out and cost nothing. Collective: all ranks iterate to the end. Trained parameters in fp32 (the masters), frozen
         ones in their own dtype. A tensor is valid until the next one is asked for.
         """
 

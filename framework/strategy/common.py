@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,13 @@ class Part:
     master: nn.Parameter  # fp32, contiguous; what the optimizer updates
     start: int
     stop: int
+
+
+def named(
+    parameters: Iterable[tuple[str, nn.Parameter]], without: str | None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter), but for names that begin with `without`."""
+    return ((name, p) for name, p in parameters if without is None or not name.startswith(without))
 
 
 def build_on_meta(build: Build, device: torch.device) -> nn.Module:

@@ -113,8 +113,8 @@ class DdpEngine:
     def inference(self) -> contextlib.AbstractContextManager[None]:
         return common.inference(self._module)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._module.named_parameters():
+    def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in common.named(self._module.named_parameters(), without):
             yield name, (self._parts[name].master if name in self._parts else parameter).detach()
 
     @contextlib.contextmanager

@@ -214,8 +214,8 @@ class FsdpEngine:
     def inference(self) -> contextlib.AbstractContextManager[None]:
         return common.inference(self._module)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._parameters.items():
+    def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in common.named(self._parameters.items(), without):
             yield name, cast(DTensor, parameter.detach().to(self.world.device)).full_tensor()
 
     @contextlib.contextmanager

@@ -205,8 +205,8 @@ class ZeroEngine:
             yield
         self._release()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        named = dict(self._engine.module.named_parameters())
+    def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        named = dict(common.named(self._engine.module.named_parameters(), without))
         order = list(named)
         if self._on_disk:  # then every flat tensor is read once
             order.sort(key=lambda name: self._groups.get(name, -1))

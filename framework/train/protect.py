@@ -160,8 +160,8 @@ class Protected:
     def inference(self) -> AbstractContextManager[None]:
         return self.engine.inference()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.engine.weights()
+    def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        return self.engine.weights(without=without)
 
     def held(self) -> AbstractContextManager[Mapping[str, Sequence[Slice]]]:
         return self.engine.held()

@@ -78,7 +78,7 @@ class FixedEngine:
             values=tokens / 10 if "values" in needs else None,
         )
 
-    def weights(self):
+    def weights(self, *, without=None):
         yield "w", torch.zeros(1)
 
     def inference(self):

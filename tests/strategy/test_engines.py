@@ -67,6 +67,8 @@ def leads(world, name, options):
     assert not answer.losses.requires_grad
     assert engine._module.training
     weights = {name: (tuple(w.shape), w.flatten().tolist()) for name, w in engine.weights()}
+    few = [name for name, _ in engine.weights(without="norm.")]
+    assert few == [name for name in weights if not name.startswith("norm.")] != list(weights)
     return history, weights, toy.portable(engine.state_dict()), engine.trained
 
 
