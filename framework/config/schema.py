@@ -224,6 +224,13 @@ class Run(Node):
                 "two or more",
                 "rollout.samples=8",
             )
+        if stage.shaping.within_prompt and self.rollout.samples < 2:
+            raise refuse(
+                "rollout.samples, stage.shaping.within_prompt",
+                "one answer to each prompt, whose reward less the mean of one is 0",
+                "two or more",
+                "rollout.samples=8",
+            )
 
     def _writing(self) -> None:
         """What a stage whose policy answers needs of the rest of the tree."""

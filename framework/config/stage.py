@@ -89,6 +89,7 @@ class Correction(Node):
 
 
 class Shaping(Node):
+    within_prompt: bool
     mean: float
     std: AboveZero
     running: bool

@@ -158,8 +158,9 @@ class Running:
 class Shaping:
     """From a reward to the score that is learnt from, in this order.
 
-    (reward - mean) / std, with the two numbers given or, with `running`, those of all rewards so far; then
-    minus `missing_eos_penalty` where the answer did not end by itself; then clipped to +- `clip`.
+    With `within_prompt` minus the mean reward of the answers to the same prompt, as a reward model's numbers
+    compare no others. (reward - mean) / std, with the two numbers given or, with `running`, those of all
+    rewards so far; then minus `missing_eos_penalty` where the answer did not end by itself; then clipped to +- `clip`.
     """
 
     mean: float = 0.0
@@ -167,15 +168,32 @@ class Shaping:
     running: bool = False
     missing_eos_penalty: float = 0.0
     clip: float | None = None
+    within_prompt: bool = False
 
-    def __call__(self, rewards: Tensor, finished: Tensor, seen: Running) -> Tensor:
-        """[N] scores of [N] rewards (NaN stays NaN); `seen` is updated when it is used."""
+    def __call__(
+        self, rewards: Tensor, finished: Tensor, seen: Running, groups: Tensor | None = None
+    ) -> Tensor:
+        """[N] scores of [N] rewards (NaN stays NaN); `seen` is updated when it is used.
+
+        `groups` [N] int64 from 0: answers to one prompt share one; needed `within_prompt` alone.
+        """
         mean, std = self.mean, self.std
+        if self.within_prompt:
+            assert groups is not None
+            rewards = rewards - _means(rewards, groups)[groups]
         if self.running:
             seen.add(rewards[~rewards.isnan()])
             mean, std = seen.mean, seen.std
         scores = (rewards - mean) / std - self.missing_eos_penalty * (~finished).to(rewards.dtype)
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+
+def _means(rewards: Tensor, groups: Tensor) -> Tensor:
+    """[groups] mean reward of each, NaN left out."""
+    known = ~rewards.isnan()
+    totals = torch.zeros(int(groups[-1]) + 1, dtype=rewards.dtype)
+    counts = torch.zeros_like(totals).index_add(0, groups, known.to(rewards.dtype))
+    return totals.index_add(0, groups, rewards.nan_to_num(nan=0.0)) / counts
 
 
 def token_rewards(scores: Tensor, offsets: Tensor, penalties: Tensor | None = None) -> Tensor:

@@ -223,7 +223,7 @@ class Online:
         once = self._once(experience)
         experience = self._known(experience, ours=not once)
         clock.lap("forward")
-        scores = self.shaping(experience.rewards, experience.finished, self.seen)
+        scores = self.shaping(experience.rewards, experience.finished, self.seen, experience.groups)
         experience = self._corrected(replace(experience, scores=scores))
         experience, estimated = self.method.estimate(experience)
         slowest = self.engine.world.max(list(clock.seconds.values()))

@@ -177,6 +177,17 @@ def test_scores_are_shaped_in_order_and_land_on_the_last_token():
     assert token_rewards(torch.tensor([NAN, 1.0]).double(), torch.tensor([0, 1, 2])).tolist() == [0.0, 1.0]
 
 
+def test_scores_within_a_prompt_begin_from_its_mean():
+    """1, 3 and a failure: mean 2; 7 alone: 0; deviations of -1, 1, 0: 1. An answer that did not end loses 10."""
+    seen = Running()
+    shape = Shaping(within_prompt=True, running=True, missing_eos_penalty=10.0)
+    rewards, ended = torch.tensor([1.0, 3.0, NAN, 7.0]).double(), torch.tensor([True, False, True, True])
+    scores = shape(rewards, ended, seen, torch.tensor([0, 0, 0, 1]))
+    assert scores[[0, 1, 3]].tolist() == [-1.0, 1.0 - 10.0, 0.0]
+    assert scores[2].isnan()
+    assert (seen.count, seen.mean) == (3.0, 0.0)
+
+
 def test_running_moments_are_those_of_all_scores_so_far():
     """1, 2, 3 and then 6, 8: mean 4, squared deviations 9 + 4 + 1 + 4 + 16 = 34, variance 34 / 4."""
     seen = Running()
