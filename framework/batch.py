@@ -11,6 +11,7 @@ positions only, so losses see no difference between the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -140,6 +141,8 @@ class Outputs(NamedTuple):
     candidate_ids: Tensor | None = None  # [K, k] int64, those found where the likeliest were asked for
     candidate_logps: Tensor | None = None  # [K, k] fp32 nats, only with a `Distribution`
     divergences: Tensor | None = None  # [K] fp32, only with one that has a divergence
+    counted: Tensor | None = None  # [K] fp32, likewise: the weights that the divergence leaves
+    metrics: Mapping[str, Tensor] | None = None  # each [K] fp32, likewise: what else it says
     head: Any = None  # `losses.whole.Head`, only with one that is deferred; `logps` is empty then
 
 

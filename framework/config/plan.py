@@ -23,6 +23,7 @@ from framework.config.schema import Run
 from framework.config.stage import Distill, Hf, writes
 from framework.errors import ModelError
 from framework.losses.inputs import inputs
+from framework.losses.items import Items
 from framework.losses.whole import Head
 from framework.models import actor_critic, attention, planned
 from framework.models.attention import EAGER_UP_TO, EAGER_UP_TO_FP32, OURS
@@ -257,7 +258,9 @@ def _taught(inspected: Inspected, stage: Distill, tokens: int) -> Distribution:
     dtype = COMPUTE[inspected.run.precision]
     hidden, weight = (torch.zeros(n, width, dtype=dtype, device=dry_run.META) for n in (tokens, vocabulary))
     teacher = Head(hidden, weight, None, 1.0, None)
-    return replace(asked, teacher=teacher, divergence=lambda student, said, weight: (student - said).sum(1))
+    return replace(
+        asked, teacher=teacher, divergence=lambda own, said, weight: Items((own - said).sum(1), weight)
+    )
 
 
 def _attention(inspected: Inspected, device: torch.device, length: int) -> str:

@@ -95,10 +95,10 @@ def _candidates(
         return Outputs(hidden.new_empty(0), head=_head(hidden, weight, asked.vocabulary, rules))
     rules = rules | {"vocabulary": asked.vocabulary, "temperature": asked.temperature}
     if asked.divergence is not None:
-        both = compared(
+        logps, divergences, counted, metrics = compared(
             hidden, weight, batch.targets, asked.teacher, asked.divergence, batch.weights, **rules
         )
-        return Outputs(both.targets, divergences=both.divergences)
+        return Outputs(logps, divergences=divergences, counted=counted, metrics=metrics)
     if asked.likeliest is not None:
         found = likeliest_logps(hidden, weight, batch.targets, asked.likeliest, **rules)
     else:
