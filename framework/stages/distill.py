@@ -44,17 +44,16 @@ class Teacher:
     def all(self, micros: Sequence[Batch]) -> list[TaughtBatch]:
         """Several micro-batches, for which one copy of the head serves."""
         answered: list[TaughtBatch] = []
-        head = None
+        asked = self.distribution
         for batch in micros:
-            said = self.frozen(batch, distribution=self.distribution)
-            if said.head is not None:
-                head = said.head if head is None else head._replace(hidden=said.head.hidden)
+            said = self.frozen(batch, distribution=asked)
+            asked = replace(asked, teacher=said.head)
             answered.append(
                 TaughtBatch(
                     **vars(batch),
                     teacher_ids=said.candidate_ids,
                     teacher_logps=said.candidate_logps,
-                    teacher_head=head,
+                    teacher_head=said.head,
                 )
             )
         return answered
