@@ -114,9 +114,9 @@ class TaughtBatch(Batch):
 class Distribution:
     """What to answer beside the targets' log-probabilities: some of the distribution at each position.
 
-    At `ids`, or of the `likeliest`, or of all tokens that take part. Of all, `deferred` asks for what they
-    come of, with the head of an earlier such answer if there is one, and `divergence` for a comparison with
-    another model's.
+    At `ids`, or of the `likeliest`. Of all tokens that take part, `deferred` asks for what they come of, with
+    the head of an earlier such answer if there is one, and `divergence` for a comparison with another
+    model's.
     """
 
     vocabulary: int  # n, the first so many tokens, over which the probabilities sum to 1

@@ -102,6 +102,7 @@ def _candidates(
     if asked.likeliest is not None:
         found = likeliest_logps(hidden, weight, batch.targets, asked.likeliest, **rules)
     else:
+        assert asked.ids is not None
         found = candidate_logps(hidden, weight, batch.targets, asked.ids, **rules)
     return Outputs(found.targets, candidate_ids=found.ids, candidate_logps=found.logps)
 

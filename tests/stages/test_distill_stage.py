@@ -49,8 +49,10 @@ def test_a_loss_of_ones_own_keeps_its_weights_and_metrics(sft_share):
     objective = DistillObjective(
         custom, Distribution(vocabulary=V, temperature=1.0), rest="bucket", sft_share=sft_share
     )
-    for said in ({"teacher_logps": whole}, {"teacher_logps": None, "teacher_head": head}):
-        items = objective(engine, TaughtBatch(**vars(plain), teacher_ids=None, **said))
+    every = torch.arange(V).expand(K, V)
+    for ids, logps, later in ((every, whole, None), (None, None, head)):
+        said = TaughtBatch(**vars(plain), teacher_ids=ids, teacher_logps=logps, teacher_head=later)
+        items = objective(engine, said)
         (slope,) = torch.autograd.grad(items.total(), engine.weight)
         found.append({"loss": items.loss, "weight": items.weight, "slope": slope, **items.metrics})
     at_once, in_chunks = found
