@@ -11,6 +11,7 @@ positions only, so losses see no difference between the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -113,8 +114,9 @@ class TaughtBatch(Batch):
 class Distribution:
     """What to answer beside the targets' log-probabilities: some of the distribution at each position.
 
-    At `ids`, or of the `likeliest`, or of all tokens that take part. Of all, `deferred` asks for what they
-    come of, and `divergence` for a comparison with another model's such answer.
+    At `ids`, or of the `likeliest`. Of all tokens that take part, `deferred` asks for what they come of, with
+    the head of an earlier such answer if there is one, and `divergence` for a comparison with another
+    model's.
     """
 
     vocabulary: int  # n, the first so many tokens, over which the probabilities sum to 1
@@ -140,6 +142,8 @@ class Outputs(NamedTuple):
     candidate_ids: Tensor | None = None  # [K, k] int64, those found where the likeliest were asked for
     candidate_logps: Tensor | None = None  # [K, k] fp32 nats, only with a `Distribution`
     divergences: Tensor | None = None  # [K] fp32, only with one that has a divergence
+    counted: Tensor | None = None  # [K] fp32, likewise: the weights that the divergence leaves
+    metrics: Mapping[str, Tensor] | None = None  # each [K] fp32, likewise: what else it says
     head: Any = None  # `losses.whole.Head`, only with one that is deferred; `logps` is empty then
 
 

@@ -7,25 +7,16 @@ that no replay holds, and whether the cipher is learnt.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/train"))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / room) for room in ("tests/train", "tests"))
 
 import characters
 
-from framework.config.compose import compose
-from framework.config.work import work
-
 REPLAY = "replay.sources=[{path: REPLAY, name: replay}]"
-COMMON = (
-    "launch.device=cpu launch.threads=1 precision=fp32 data.max_length=32 data.packing=false "
-    "batch.sequences=64 batch.tokens_per_micro=2048 tracker.console=none tracker.report=false "
-    "evaluate.samples=0 retain=none optim.betas=[0.9,0.98]"
-).split()
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # of perplexity on the skills
 
 ARMS: dict[str, list[str]] = {
@@ -104,10 +95,7 @@ class World:
 
     def _train(self, name: str, *overrides: str) -> dict[str, Any]:
         shutil.rmtree(self.place / name, ignore_errors=True)
-        own = [f"run_dir={self.place}/{name}", f"data.cache_dir={self.place}/cache", f"seed={self.seed}"]
-        if work(compose([*own, *COMMON, *overrides])) != 0:
-            raise RuntimeError(f"{name} did not finish; see {self.place / name}")
-        return json.loads((self.place / name / "result.json").read_text())
+        return characters.train(self.place, name, f"seed={self.seed}", *overrides)
 
 
 def derived(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ blocks and lean norms included, and no formula has to follow it. Kernels' own sc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -44,9 +44,12 @@ def structure(build: Build, dtype: torch.dtype) -> nn.Module:
     return module.to(META).train()
 
 
-def rehearse(module: nn.Module, how: Blocks, batch: Batch, **options: Any) -> Working:
+def rehearse(
+    module: nn.Module, how: Blocks, batch: Batch, *, given: Iterable[Tensor] = (), **options: Any
+) -> Working:
     """A forward pass of `batch` with `options` and a backward pass; `module` is changed and used up.
 
+    Tensors in `options` that are held anyway are `given`, too, and not counted.
     Gradients of parameters are gone as soon as they have arrived, as if they were summed elsewhere.
     Compiled blocks count as lean ones: compilers drop the same. Raises what torch raises where an operation's
     result depends on values.
@@ -56,7 +59,7 @@ def rehearse(module: nn.Module, how: Blocks, batch: Batch, **options: Any) -> Wo
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_dropped)
-    with _Storages(module.parameters()) as storages:
+    with _Storages([*module.parameters(), *given]) as storages:
         answers = module(batch, **options)
         kept = storages.live
         total = sum(a.sum() for a in tree_leaves(tuple(answers)) if isinstance(a, Tensor) and a.requires_grad)
@@ -91,12 +94,12 @@ def _dropped(parameter: Tensor) -> None:
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, those of `parameters` left out."""
+    """Counts the bytes of storages that are alive, those of `held` left out."""
 
-    def __init__(self, parameters: Iterator[Tensor]) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._held = [parameter.untyped_storage() for parameter in parameters]
+        self._held = [tensor.untyped_storage() for tensor in held]
         self._seen = {storage._cdata for storage in self._held}
 
     def __torch_dispatch__(

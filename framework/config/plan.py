@@ -21,8 +21,10 @@ from framework.config.dry_run import Working
 from framework.config.outlines import answers, asked
 from framework.config.schema import Run
 from framework.config.stage import Distill, Hf, writes
+from framework.config.vocabulary import shared_rows
 from framework.errors import ModelError
 from framework.losses.inputs import inputs
+from framework.losses.items import Items
 from framework.losses.whole import Head
 from framework.models import actor_critic, attention, planned
 from framework.models.attention import EAGER_UP_TO, EAGER_UP_TO_FP32, OURS
@@ -121,13 +123,16 @@ def plan(
     held = footprint.trained(run.strategy.name, model.sizes, shards, **how)
     others = [
         footprint.frozen(
-            run.strategy.name, _once(seen, ("frozen", d.path), lambda d=d: _sizes_of(d, run)), shards
+            run.strategy.name,
+            _once(seen, ("frozen", d.path, run.precision), lambda d=d: _sizes_of(d, run)),
+            shards,
         )
         for d in asked(inspected)
     ]
     copy = _rollout(inspected, model)
     always = _always(held, others, copy)
-    phases = _phases(held, others, working, _written(inspected) if copy else 0)
+    said = sum(x.nbytes for x in _said(inspected, -(-run.batch.sequences // ranks) * per_example))
+    phases = _phases(held, others, working, _written(inspected) if copy else 0, said)
     if cpu:
         phases.of["loading the weights on rank 0"] = _loading(inspected, model, held)
     if cpu and saving:
@@ -226,14 +231,16 @@ def _working(inspected: Inspected, device: torch.device, tokens: int, length: in
     name = _attention(inspected, device, length)
     module = dry_run.structure(_build(inspected, device, name), COMPUTE[run.precision])
     options: dict[str, Any] = {}
+    given: tuple[torch.Tensor, ...] = ()
     if inspected.description.head == "lm":
         needs = inputs(inspected.loss) & set(EXTRAS)
         options["needs"] = frozenset(needs | ({"values"} if inspected.critic is not None else set()))
         if isinstance(run.stage, Distill):
-            options = {"distribution": _taught(inspected, run.stage, tokens)}
+            given = _said(inspected, tokens)
+            options = {"distribution": _taught(inspected, run.stage, *given)}
     try:
         blocks = blocks_of(_eager(run), device)
-        return dry_run.rehearse(module, blocks, dry_run.rows(tokens, length), **options)
+        return dry_run.rehearse(module, blocks, dry_run.rows(tokens, length), given=given, **options)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise ModelError(
             f"model type {inspected.description.config.model_type} cannot be planned: its forward pass "
@@ -247,17 +254,32 @@ def _eager(run: Run) -> Run:
     return run.model_copy(update={"model": run.model.model_copy(update={"compile": "none"})})
 
 
-def _taught(inspected: Inspected, stage: Distill, tokens: int) -> Distribution:
-    vocabulary = inspected.description.vocab_size
-    asked = Distribution(vocabulary=vocabulary, temperature=stage.temperature)
+def _said(inspected: Inspected, tokens: int) -> tuple[torch.Tensor, ...]:
+    """What a teacher says of `tokens`: of all words its hidden states and one copy of its head, else the
+    likeliest and their log-probabilities."""
+    stage, teacher = inspected.run.stage, inspected.teacher
+    if not isinstance(stage, Distill) or teacher is None:
+        return ()
     if stage.top_k is not None:
-        return replace(asked, ids=torch.zeros(tokens, stage.top_k, dtype=torch.int64, device=dry_run.META))
+        ids = torch.empty(tokens, stage.top_k, dtype=torch.int64, device=dry_run.META)
+        return ids, torch.empty_like(ids, dtype=torch.float32)
+    width = teacher.config.get_text_config(decoder=True).hidden_size
+    rows, dtype = shared_rows(inspected.description, teacher), COMPUTE[inspected.run.precision]
+    hidden, weight = (torch.empty(n, width, dtype=dtype, device=dry_run.META) for n in (tokens, rows))
+    return hidden, weight
+
+
+def _taught(inspected: Inspected, stage: Distill, *said: torch.Tensor) -> Distribution:
     assert inspected.teacher is not None
-    width = inspected.teacher.config.get_text_config(decoder=True).hidden_size
-    dtype = COMPUTE[inspected.run.precision]
-    hidden, weight = (torch.zeros(n, width, dtype=dtype, device=dry_run.META) for n in (tokens, vocabulary))
-    teacher = Head(hidden, weight, None, 1.0, None)
-    return replace(asked, teacher=teacher, divergence=lambda student, said, weight: (student - said).sum(1))
+    rows = shared_rows(inspected.description, inspected.teacher)
+    asked = Distribution(vocabulary=rows, temperature=stage.temperature)
+    if stage.top_k is not None:
+        return replace(asked, ids=said[0])
+    return replace(
+        asked,
+        teacher=Head(said[0], said[1], None, 1.0, None),
+        divergence=lambda own, said, weight: Items((own - said).sum(1), weight),
+    )
 
 
 def _attention(inspected: Inspected, device: torch.device, length: int) -> str:
@@ -318,24 +340,26 @@ def _always(held: Footprint, asked: list[Footprint], copy: int) -> dict[str, int
     }
 
 
-def _phases(held: Footprint, asked: list[Footprint], working: Working, written: int) -> _Phases:
+def _phases(held: Footprint, asked: list[Footprint], working: Working, written: int, said: int) -> _Phases:
+    """`said` by a teacher is there until the step is over."""
     kept, peak = "kept for the backward pass", "logits and other temporaries"
-    gathered, leaving = "gathered weights", "gradients on their way"
+    leaving = "gradients on their way"
+    there = {"what the teacher said": said, "gathered weights": held.gathered}
     phases = _Phases()
-    step = {kept: working.kept, peak: working.peak - working.kept, gathered: held.gathered}
-    phases.of["a micro-batch"] = step
+    phases.of["a micro-batch"] = {kept: working.kept, peak: working.peak - working.kept, **there}
     if held.reducing:
         phases.of["a micro-batch's gradients leaving"] = {
             kept: working.kept,
-            gathered: held.gathered,
+            **there,
             leaving: held.reducing,
         }
     if held.ending:
-        phases.of["the last gradients leaving"] = {gathered: held.gathered, leaving: held.ending}
+        phases.of["the last gradients leaving"] = {**there, leaving: held.ending}
     if written:
         phases.of["answers being written"] = {"keys, values and logits of answers": written}
-    for part in asked:
-        phases.of["another model being asked"] = {gathered: part.gathered}
+    if asked:
+        gathered = max(part.gathered for part in asked)
+        phases.of["another model being asked"] = {**there, "gathered weights": gathered}
     return phases
 
 

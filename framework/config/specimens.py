@@ -52,27 +52,36 @@ def tokenizer() -> Any:
     )
 
 
-def write_model(directory: Path, *, tied: bool) -> Path:
-    """Model, tokenizer and chat template in `directory`: 3 layers, grouped queries, fp32, 60k parameters."""
+def write_model(directory: Path, *, tied: bool, **sizes: Any) -> Path:
+    """Model, tokenizer and chat template in `directory`: 3 layers, grouped queries, fp32, 60k parameters.
+
+    `sizes` are other ones, as of transformers' LlamaConfig.
+    """
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,  # large enough that logits differ from token to token
+    }
+    words = tokenizer()
+    return save(llama(words, tie_word_embeddings=tied, **tiny | sizes), words, directory)
+
+
+def llama(words: Any, **config: Any) -> Any:
+    """An untrained Llama in fp32 for a tokenizer, the same on every machine."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,  # large enough that logits differ from token to token
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(directory)
+    ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": len(words)} | ids | config)).float()
+
+
+def save(lm: Any, words: Any, directory: Path) -> Path:
+    """Model and tokenizer in one directory."""
+    lm.save_pretrained(directory)
     words.save_pretrained(directory)
     return directory
 

@@ -2,8 +2,8 @@
 
 The companion of `logprobs`, with the same head in chunks (see `head`): the forward pass keeps `hidden`,
 `weight` and two numbers per position, the backward pass multiplies again. Only what is asked for is ever
-[K, k]. Knows no model and no machine. Letters: K positions, d hidden width, V vocabulary, n of V tokens that
-take part, k candidates of the n.
+[K, k]; `whole` is of all tokens. Knows no model and no machine. Letters: K positions, d hidden width, V
+vocabulary, n of V tokens that take part, k candidates of the n.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Candidates(NamedTuple):
     """What the head answers, in nats."""
 
     targets: Tensor  # [K] log-probability of the targets, in the model's own distribution
-    ids: Tensor | None  # [K, k] int64; None: all n tokens in order, so k = n
+    ids: Tensor  # [K, k] int64
     logps: Tensor  # [K, k] in the distribution over n tokens at its temperature
 
 
@@ -42,7 +42,7 @@ def candidate_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    ids: Tensor | None,
+    ids: Tensor,
     *,
     vocabulary: int | None = None,
     temperature: float = 1.0,
@@ -53,12 +53,12 @@ def candidate_logps(
 ) -> Candidates:
     """log softmax(logits[:n] / temperature)[ids], and beside it log softmax(logits)[targets].
 
-    hidden [K, d], weight [V, d], targets [K] int64, ids [K, k] int64 below n or None for all n tokens, bias
-    [V]; n = `vocabulary`, by default V: models of one family differ in rows that pad their vocabularies.
+    hidden [K, d], weight [V, d], targets [K] int64, ids [K, k] int64 below n, bias [V]; n = `vocabulary`, by
+    default V: models of one family differ in rows that pad their vocabularies.
     `head.Rules` says how logits come of the rest. Numbers as in `logprobs.token_logps`: the product in
     `hidden`'s type, the rest and the sum of the weight's gradient in fp32, or fp64 for fp64 inputs.
-    Both answers are differentiable; one that nobody uses costs no backward work. With all n tokens the answer
-    is as large as the logits, and so is its gradient. Raises ValueError for a number out of range.
+    Both answers are differentiable; one that nobody uses costs no backward work. Raises ValueError for a
+    number out of range.
     """
     part = _part(weight, vocabulary, temperature)
     rules = Rules(chunk, scale, softcap, 1.0)
@@ -71,7 +71,7 @@ def likeliest_logps(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    count: int | None,
+    count: int,
     *,
     vocabulary: int | None = None,
     temperature: float = 1.0,
@@ -80,15 +80,15 @@ def likeliest_logps(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Candidates:
-    """The `count` likeliest of n tokens at each position, the likeliest first; None: all n in order.
+    """The `count` likeliest of n tokens at each position, the likeliest first.
 
     Shapes, types and errors as in `candidate_logps`, whose answers these are, without gradients.
     """
     part = _part(weight, vocabulary, temperature)
-    if count is not None and not 0 < count <= part.vocabulary:
+    if not 0 < count <= part.vocabulary:
         raise ValueError(f"count={count} is outside [1, {part.vocabulary}]")
     rules = Rules(chunk, scale, softcap, 1.0)
-    found = _look(hidden, weight, targets, None, count, bias, rules, part)
+    found = _look(hidden, weight, targets, count, bias, rules, part)
     return Candidates(found.targets, found.ids, found.logps)
 
 
@@ -104,7 +104,7 @@ def _part(weight: Tensor, vocabulary: int | None, temperature: float) -> _Part:
 
 class _Found(NamedTuple):
     targets: Tensor  # [K]
-    ids: Tensor | None  # [K, k]
+    ids: Tensor  # [K, k]
     logps: Tensor  # [K, k]
     lse: Tensor  # [K] log of the sum of exp of all logits
     part_lse: Tensor  # [K] likewise of the first n divided by the temperature
@@ -114,37 +114,33 @@ def _look(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    ids: Tensor | None,
-    count: int | None,
+    wanted: Tensor | int,
     bias: Tensor | None,
     rules: Rules,
     part: _Part,
 ) -> _Found:
-    """Log-probabilities at `ids`, or else of the `count` likeliest, or else of all."""
+    """Log-probabilities at the ids `wanted` [K, k], or of so many of the likeliest."""
     rows, n = hidden.shape[0], part.vocabulary
     matrix = weight.to(hidden.dtype)
-    width = (count or n) if ids is None else ids.shape[1]
+    ids = targets.new_empty(rows, wanted) if isinstance(wanted, int) else wanted
     own = hidden.new_empty(rows, dtype=statistics_of(hidden))
     lse, part_lse = torch.empty_like(own), torch.empty_like(own)
-    logps = own.new_empty(rows, width)
-    likeliest = None if count is None else targets.new_empty(rows, width)
+    logps = own.new_empty(ids.shape)
     buffers = Buffers(hidden, matrix, rules.chunk)
     for piece in chunks(rows, rules.chunk):
         logits = buffers.logits(hidden[piece], matrix, bias, rules)
         own[piece] = logits.gather(1, targets[piece, None])[:, 0]
-        if ids is not None:
-            torch.gather(logits, 1, ids[piece], out=logps[piece])
-        elif likeliest is not None:
-            logps[piece], likeliest[piece] = logits[:, :n].topk(width, dim=1)
+        if isinstance(wanted, int):
+            logps[piece], ids[piece] = logits[:, :n].topk(wanted, dim=1)
         else:
-            logps[piece] = logits[:, :n]
+            torch.gather(logits, 1, ids[piece], out=logps[piece])
         if part.is_whole(weight):
             lse[piece] = part_lse[piece] = consumed_logsumexp(logits)
         else:
             lse[piece] = logits.logsumexp(1)
             part_lse[piece] = consumed_logsumexp(logits[:, :n].div_(part.temperature))
             logps[piece] /= part.temperature
-    return _Found(own.sub_(lse), likeliest, logps.sub_(part_lse[:, None]), lse, part_lse)
+    return _Found(own.sub_(lse), ids, logps.sub_(part_lse[:, None]), lse, part_lse)
 
 
 class _Head(torch.autograd.Function):
@@ -154,12 +150,12 @@ class _Head(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        ids: Tensor | None,
+        ids: Tensor,
         bias: Tensor | None,
         rules: Rules,
         part: _Part,
     ) -> tuple[Tensor, Tensor]:
-        found = _look(hidden, weight, targets, ids, None, bias, rules, part)
+        found = _look(hidden, weight, targets, ids, bias, rules, part)
         ctx.rules, ctx.part = rules, part
         ctx.set_materialize_grads(False)  # an answer that only a metric reads costs no backward work
         ctx.save_for_backward(hidden, weight, targets, ids, bias, found.lse, found.part_lse)
@@ -194,9 +190,7 @@ class _Head(torch.autograd.Function):
                 slopes = logits if own is None else logits.add_(own)
             if for_own is not None:
                 slopes.scatter_add_(1, targets[piece, None], for_own[piece, None])
-            if for_logps is not None and ids is not None:
+            if for_logps is not None:
                 slopes.scatter_add_(1, ids[piece], for_logps[piece])
-            elif for_logps is not None:
-                slopes[:, : part.vocabulary] += for_logps[piece]
             gradients.add(piece, slopes, softcap_slopes)
         return gradients.hidden, gradients.weight, None, None, gradients.bias, None, None

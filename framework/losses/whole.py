@@ -7,7 +7,7 @@ positions, d and e hidden widths of student and teacher, V vocabulary, n of V to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from framework.losses.head import Buffers, Gradients, Rules, chunks, consumed_logsumexp, statistics_of
+from framework.losses.items import Items
 
-Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(student [c, n], teacher [c, n] nats, weight [c]) -> [c] loss of each row by itself; differentiable."""
+Divergence = Callable[[Tensor, Tensor, Tensor], Items]
+"""(student [c, n], teacher [c, n] nats, weight [c]) -> items of c rows, each by itself; differentiable."""
 
 
 class Head(NamedTuple):
@@ -35,6 +36,8 @@ class Compared(NamedTuple):
 
     targets: Tensor  # [K] log-probability of the targets, in the student's own distribution
     divergences: Tensor  # [K]
+    counted: Tensor  # [K] weights as the divergence leaves them
+    metrics: Mapping[str, Tensor]  # each [K], NaN where a chunk has no such one
 
 
 class _How(NamedTuple):
@@ -64,8 +67,8 @@ def compared(
     log softmax(logits)[targets].
 
     hidden [K, d], weight [V, d], targets [K] int64, counted [K], bias [V]; n = `vocabulary`, of which the
-    teacher's weight has a row each; `head.Rules` says how logits come of the rest. Both answers are
-    differentiable with respect to the student. Raises ValueError for a number out of range.
+    teacher's weight has a row each; `head.Rules` says how logits come of the rest. The first two answers
+    are differentiable with respect to the student. Raises ValueError for a number out of range.
     """
     if temperature <= 0 or not 0 < vocabulary <= weight.shape[0] or teacher.weight.shape[0] != vocabulary:
         raise ValueError(
@@ -101,10 +104,11 @@ class _Heads(torch.autograd.Function):
         bias: Tensor | None,
         rules: Rules,
         how: _How,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         rows, matrix = hidden.shape[0], weight.to(hidden.dtype)
         own = hidden.new_empty(rows, dtype=statistics_of(hidden))
-        lse, part_lse, divergences = (torch.empty_like(own) for _ in range(3))
+        lse, part_lse, divergences, counted = (torch.empty_like(own) for _ in range(4))
+        metrics: dict[str, Tensor] = {}
         buffers, said = Buffers(hidden, matrix, rules.chunk), _Said(how, rules.chunk)
         for piece in chunks(rows, rules.chunk):
             logits = buffers.logits(hidden[piece], matrix, bias, rules)
@@ -112,16 +116,22 @@ class _Heads(torch.autograd.Function):
             student = logits[:, : how.vocabulary] / how.temperature
             part_lse[piece] = student.logsumexp(1)
             student.sub_(part_lse[piece, None])
-            divergences[piece] = how.divergence(student, said(piece), how.counted[piece])
+            found = how.divergence(student, said(piece), how.counted[piece])
+            divergences[piece], counted[piece] = found.loss, found.weight
+            for name, values in found.metrics.items():
+                metrics.setdefault(name, torch.full_like(own, torch.nan))[piece] = values
             lse[piece] = consumed_logsumexp(logits)
         ctx.rules, ctx.how = rules, how
+        ctx.mark_non_differentiable(counted)
         ctx.set_materialize_grads(False)  # an answer that only a metric reads costs no backward work
         ctx.save_for_backward(hidden, weight, targets, bias, lse, part_lse)
-        return own.sub_(lse), divergences
+        return own.sub_(lse), divergences, counted, metrics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, for_own: Tensor | None, for_divergences: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, for_own: Tensor | None, for_divergences: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         """With p the softmax, q that of the n at temperature T and g the divergence's slopes with respect to
         log q: d own = onehot - p, and d divergence = (g - q sum(g)) / T."""
         hidden, weight, targets, bias, lse, part_lse = ctx.saved_tensors
@@ -136,7 +146,7 @@ class _Heads(torch.autograd.Function):
                 student = (logits[:, : how.vocabulary] / how.temperature).sub_(part_lse[piece, None])
                 with torch.enable_grad():
                     student.requires_grad_()
-                    found = how.divergence(student, said(piece), how.counted[piece])
+                    found = how.divergence(student, said(piece), how.counted[piece]).loss
                     (taught,) = torch.autograd.grad(found, student, for_divergences[piece])
                 taught = taught - student.detach().exp_() * taught.sum(1, keepdim=True)
             if for_own is None:

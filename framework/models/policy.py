@@ -92,22 +92,26 @@ def _candidates(
 ) -> Outputs:
     """What the head says of the tokens asked for."""
     if asked.deferred:
-        return Outputs(hidden.new_empty(0), head=_head(hidden, weight, asked.vocabulary, rules))
+        return Outputs(hidden.new_empty(0), head=_head(hidden, weight, asked, rules))
     rules = rules | {"vocabulary": asked.vocabulary, "temperature": asked.temperature}
     if asked.divergence is not None:
-        both = compared(
+        logps, divergences, counted, metrics = compared(
             hidden, weight, batch.targets, asked.teacher, asked.divergence, batch.weights, **rules
         )
-        return Outputs(both.targets, divergences=both.divergences)
+        return Outputs(logps, divergences=divergences, counted=counted, metrics=metrics)
     if asked.likeliest is not None:
         found = likeliest_logps(hidden, weight, batch.targets, asked.likeliest, **rules)
     else:
+        assert asked.ids is not None
         found = candidate_logps(hidden, weight, batch.targets, asked.ids, **rules)
     return Outputs(found.targets, candidate_ids=found.ids, candidate_logps=found.logps)
 
 
-def _head(hidden: Tensor, weight: Tensor, rows: int, rules: dict[str, Any]) -> Head:
-    """A copy: what a wrapper has gathered for the forward pass is gone after it."""
+def _head(hidden: Tensor, weight: Tensor, asked: Distribution, rules: dict[str, Any]) -> Head:
+    """A copy, where none is there: what a wrapper has gathered for the forward pass is gone after it."""
+    if asked.teacher is not None:
+        return asked.teacher._replace(hidden=hidden)
+    rows = asked.vocabulary
     bias = None if rules["bias"] is None else rules["bias"][:rows].clone()
     kept = weight[:rows].to(hidden.dtype, copy=True)
     return Head(hidden, kept, bias, rules["scale"], rules["softcap"])

@@ -44,17 +44,16 @@ class Teacher:
     def all(self, micros: Sequence[Batch]) -> list[TaughtBatch]:
         """Several micro-batches, for which one copy of the head serves."""
         answered: list[TaughtBatch] = []
-        head = None
+        asked = self.distribution
         for batch in micros:
-            said = self.frozen(batch, distribution=self.distribution)
-            if said.head is not None:
-                head = said.head if head is None else head._replace(hidden=said.head.hidden)
+            said = self.frozen(batch, distribution=asked)
+            asked = replace(asked, teacher=said.head)
             answered.append(
                 TaughtBatch(
                     **vars(batch),
                     teacher_ids=said.candidate_ids,
                     teacher_logps=said.candidate_logps,
-                    teacher_head=head,
+                    teacher_head=said.head,
                 )
             )
         return answered
@@ -86,9 +85,9 @@ class DistillObjective:
     `loss` is a pure function of two distributions, see `INPUTS`; `distribution` is the one that the teacher
     was asked with. Where the teacher named k < n tokens, `rest` says what becomes of the others
     (`losses.distill.truncated`), alike for both models; of all n the loss is asked a chunk of rows at a
-    time, and of its items only the loss is used. A token costs (1 - a) times its divergence plus a
-    times its plain cross-entropy, a = `sft_share` in [0, 1): at a temperature T the gradient of the first is
-    smaller by about T^2, which nothing here makes up for.
+    time. A token costs (1 - a) times its divergence plus a times its plain cross-entropy, a = `sft_share` in
+    [0, 1): at a temperature T the gradient of the first is smaller by about T^2, which nothing here makes up
+    for.
 
     The metric `nll` is that cross-entropy in nats, of the student at temperature 1; `sources` as in
     `stages.sft`. Raises ValueError for a share outside its range.
@@ -122,10 +121,9 @@ class DistillObjective:
                 student, teacher = (truncated(logps, rest=self.rest) for logps in (student, teacher))
             items = self._compare(student, teacher, batch.weights)
         else:
-            asked = replace(self.distribution, teacher=batch.teacher_head, divergence=self._rows)
+            asked = replace(self.distribution, teacher=batch.teacher_head, divergence=self._compare)
             outputs = engine(batch, distribution=asked)
-            divergence = {"divergence": outputs.divergences.detach()}
-            items = Items(outputs.divergences, batch.weights, divergence)
+            items = Items(outputs.divergences, outputs.counted, outputs.metrics)
         loss = items.loss
         if self.sft_share:
             loss = (1.0 - self.sft_share) * loss - self.sft_share * outputs.logps
@@ -135,9 +133,6 @@ class DistillObjective:
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Items:
         offered = {"student_logps": student, "teacher_logps": teacher, "weight": weight}
         return self.loss(**{name: offered[name] for name in self.inputs})
-
-    def _rows(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        return self._compare(student, teacher, weight).loss
 
 
 class Distillation(Supervised):

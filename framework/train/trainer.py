@@ -269,6 +269,7 @@ def train(
         progress.step += 1
         progress.tokens += int(sum(term.stats.get("tokens", 0) for term in terms))
         progress.trained_tokens += int(sum(term.stats.get("trained_tokens", 0) for term in terms))
+        del terms  # with what other models said of them, which may outweigh all else of a step
         applied = math.isfinite(norm)
         progress.skipped += not applied
         progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1

@@ -13,12 +13,14 @@ import workers
 from rows import batch, segments
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from framework.batch import Distribution
 from framework.config import changes, dry_run, fitting, plan
 from framework.config.compose import compose
 from framework.config.outlines import outlined
 from framework.models import adapters, attention, planned
 from framework.models.adapters import Lora
 from framework.models.policy import Policy
+from framework.stages.distill import Teacher
 from framework.strategy import footprint
 from framework.strategy.ddp import Ddp
 from framework.strategy.fsdp2 import Fsdp
@@ -40,9 +42,9 @@ CONFIG = {
 LENGTHS = [300] * 4  # long enough for fused attention in fp32
 
 
-def built(name="sapwood_fused", lora=None):
+def built(name="sapwood_fused", lora=None, config=CONFIG):
     attention.register()
-    lm = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG), attn_implementation=name)
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(**config), attn_implementation=name)
     return Policy(adapters.attach(lm, lora) if lora else lm, head_chunk_tokens=64)
 
 
@@ -189,6 +191,40 @@ def test_other_stages_hold_other_models(run, model, stage):
     assert found.memory.get("copy that writes answers", 0) == pytest.approx(whole * written, rel=0.1)
     critic = found.parameters["total"] / base.parameters["total"]
     assert critic == pytest.approx(2 if stage[0] == "stage=ppo" else 1, rel=0.01)
+
+
+@pytest.mark.parametrize("top_k", ["null", 8])
+def test_what_a_teacher_says_is_held_until_the_step_is_over(run, model, top_k, tmp_path):
+    """Two micro-batches of 4 examples of 512 trained tokens each, a teacher of other width and more rows.
+
+    A student's own micro-batch needs the same beside any teacher.
+    """
+    config = CONFIG | {"hidden_size": 96, "vocab_size": 424}
+    LlamaConfig(**config, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    settings = ["stage=distill", f"stage.top_k={top_k}", "batch.sequences=8", "precision=fp32"]
+    found, narrow = (
+        plan.plan(outlined(run(*settings, f"stage.teacher={teacher}")), CUDA) for teacher in (tmp_path, model)
+    )
+    assert (found.phase, found.micro_batches) == ("a micro-batch", 2)
+    width, teacher = ({} if top_k == "null" else {"likeliest": top_k}), built(config=config)
+    asked = Distribution(vocabulary=400, temperature=1.0, deferred=top_k == "null", **width)
+    answers = Teacher(torch.no_grad()(teacher), asked).all([batch(segments([513] * 4, 400))] * 2)
+    real = [x for a in answers for x in (a.teacher_ids, a.teacher_logps, *(a.teacher_head or ()))]
+    assert found.memory["what the teacher said"] == bytes_of(x for x in real if isinstance(x, torch.Tensor))
+    beside = ("kept for the backward pass", "logits and other temporaries")
+    assert [found.memory[name] for name in beside] == [narrow.memory[name] for name in beside]
+
+
+def test_plans_that_share_what_was_worked_out_keep_their_precision(run, model):
+    """A teacher of another precision is another size: 4 bytes a weight, then 2."""
+    seen = plan.Seen()
+    asked = [
+        plan.plan(
+            outlined(run("stage=distill", f"stage.teacher={model}", f"precision={kind}")), CUDA, seen=seen
+        )
+        for kind in ("fp32", "bf16")
+    ]
+    assert asked[0].memory["models that are asked"] == 2 * asked[1].memory["models that are asked"]
 
 
 @pytest.mark.parametrize(

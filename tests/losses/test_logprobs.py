@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from largest import Largest
 
 from framework.losses.logprobs import token_logps
 
@@ -175,25 +176,12 @@ def test_weight_whose_storage_is_resized_between_forward_and_backward():
 
 def test_never_more_than_a_chunk_of_the_vocabulary():
     """The largest tensor that either pass makes has chunk * V entries, not K * V."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     torch.manual_seed(0)
     hidden = torch.randn(64, 4).requires_grad_()
     weight = torch.randn(1000, 4).requires_grad_()
-    with Watch():
+    with Largest() as largest:
         token_logps(hidden, weight, torch.randint(1000, (64,)), chunk=8)[0].sum().backward()
-    assert largest == 8 * 1000
+    assert largest.entries == 8 * 1000
 
 
 def test_refuses_a_chunk_or_temperature_of_nothing():

@@ -1,5 +1,7 @@
 """A divergence from two heads in chunks, against whole logits."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_candidates import OPTIONS, inputs, plain
@@ -8,11 +10,7 @@ from framework.losses.distill import forward_kl, generalised_jsd, reverse_kl
 from framework.losses.whole import Head, compared
 
 WIDTH = 3  # of the teacher
-LOSSES = {
-    "forward": lambda s, t, w: forward_kl(s, t, w).loss,
-    "reverse": lambda s, t, w: reverse_kl(s, t, w).loss,
-    "jsd": lambda s, t, w: generalised_jsd(s, t, w, beta=0.3).loss,
-}
+LOSSES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": partial(generalised_jsd, beta=0.3)}
 
 
 def said(rows, n):
@@ -36,9 +34,11 @@ def test_values_and_gradients_are_those_of_whole_logits(options, chunk, loss):
     )  # fmt: skip
     own, student = plain(hidden, weight, targets, bias, **options)
     theirs = plain(*teacher[:2], targets.clamp(max=n - 1), teacher.bias, 1.4, 3.0, temperature, n)[1]
-    expected = LOSSES[loss](student, theirs, counted)
+    expected = LOSSES[loss](student, theirs, counted).loss
     torch.testing.assert_close(found.targets, own, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.divergences, expected, rtol=1e-11, atol=1e-12)
+    assert torch.equal(found.counted, counted.double())
+    assert torch.equal(found.metrics["divergence"], found.divergences)
     mix = torch.randn_like(own)
     for a, b in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
         sums = [

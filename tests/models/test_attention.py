@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from largest import Largest
 from rows import batch, one_by_one, segments
 from test_families import lively, tiny
 
@@ -93,25 +94,12 @@ def test_bf16_stays_close_to_fp32():
 
 def test_nothing_grows_with_the_square_of_the_packed_row():
     """64 segments of 16 tokens: the largest tensor of both passes is far below T * T = 2^20 entries."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
-    lm = _model(max_position_embeddings=1024)
+    lm, largest = _model(max_position_embeddings=1024), Largest()
     for name in NAMES:
         lm.set_attn_implementation(attention.choose(name, CPU, lm.config, torch.float32))
-        with Watch():
+        with largest:
             Policy(lm, head_chunk_tokens=50)(batch(segments((16,) * 64, 64))).logps.sum().backward()
-    assert largest <= 64 * 4 * 16 * 16 + 64 * 16 * 64  # scores of all segments, or hidden states
+    assert largest.entries <= 64 * 4 * 16 * 16 + 64 * 16 * 64  # scores of all segments, or hidden states
 
 
 def test_dropout_in_attention_works_and_needs_no_state():

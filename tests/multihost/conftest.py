@@ -27,28 +27,9 @@ def _hosts_go_on_sigterm():
 def model(tmp_path_factory):
     """A random Llama of 1.9 million parameters: its bytes outweigh headers and small talk."""
     import tiny
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    where = tmp_path_factory.mktemp("wide")
-    words = tiny.tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    LlamaForCausalLM(config).float().save_pretrained(where)
-    words.save_pretrained(where)
-    return where
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.02}
+    return tiny.write(tmp_path_factory.mktemp("wide"), tied=True, **sizes)
 
 
 @pytest.fixture(scope="session")

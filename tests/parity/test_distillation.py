@@ -136,8 +136,9 @@ def evaluated(world, line):
     return evaluate(engine, stages.build_stage(prepared, world, engine).held_out())
 
 
+@pytest.mark.parametrize("top_k", [64, "null"])
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_an_adapter_learns_the_same_on_two_ranks(strategy, place, tiny_model_dir):
+def test_an_adapter_learns_the_same_on_two_ranks(strategy, top_k, place, tiny_model_dir):
     """Four steps with a replay share, packed; the loss is told apart by source."""
     rows = [{"prompt": f"one {i}", "completion": f"two {i}"} for i in range(40)]
     trl_recipes.write(place / "general.jsonl", rows)
@@ -147,6 +148,7 @@ def test_an_adapter_learns_the_same_on_two_ranks(strategy, place, tiny_model_dir
         place,
         stage="distill",
         stage__teacher=place / "teacher",
+        stage__top_k=top_k,
         adapter="lora",
         optim__lr=1e-2,
         replay="fixed",

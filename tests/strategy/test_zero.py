@@ -11,17 +11,19 @@ import workers
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from zero_worlds import (
+    Pair,
     Tiny,
     adamw,
     cut,
     equal,
     loss_of,
-    settle,
+    start,
     tiny,
     train,
     train_one_process,
     units_of,
     values_of,
+    weights_of,
     whole,
 )
 
@@ -37,12 +39,9 @@ torch.set_num_threads(1)
 
 
 def make(world, stage, *, precision="fp32", seed=0, blocks=Blocks(), **options):
-    settle()
     if blocks.offload:
         offload.LEAST_BYTES = 0  # everything here is small
-    reference = tiny(seed, **options)
-    strategy = Zero(world, stage=stage, precision=precision, blocks=blocks)
-    return strategy.train(lambda: Tiny(**options), values_of(reference), adamw)
+    return start(Zero(world, stage=stage, precision=precision, blocks=blocks), seed, **options)
 
 
 # --- gradients -----------------------------------------------------------------------------------
@@ -140,25 +139,9 @@ def test_order_of_forwards_and_backwards_does_not_matter(stage):
     assert workers.run(2, forwards_first, stage) == pytest.approx(norms * 2, rel=1e-5)
 
 
-class Pair(nn.Module):
-    """y = a x, and + b x where the batch says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-
-    def blocks(self):
-        return []
-
-    def forward(self, x):
-        return self.a(x) + self.b(x) if x.numel() == 2 else self.a(x)
-
-
 def norms_of_pairs(world, stage):
     one, two = torch.ones(1, 1), torch.ones(2, 1)
-    engine = Zero(world, stage=stage, precision="fp32").train(
-        Pair, lambda: ((name, torch.ones(1, 1)) for name in ("a.weight", "b.weight")), adamw
-    )
+    engine = Pair.start(Zero(world, stage=stage, precision="fp32"))
     norms = []
     for step in ([two, two], [one, two], [one, one]):
         for micro in step:
@@ -201,13 +184,13 @@ def skip(world, stage, precision, clip):
         for name in engine.trained
         for left, right in zip(before.shards[name], after.shards[name], strict=True)
     )
-    weights = equal(*[{n: w.clone() for n, w in e.weights()} for e in (engine, calm)])
+    weights = equal(weights_of(engine), weights_of(calm))
     with engine.inference(), calm.inference():
         micro = plans[1][world.rank][0]
         weights = weights and torch.equal(engine(micro).logps, calm(micro).logps)
     train(engine, plans[2:], lr=0.1, clip=clip)
     train(calm, plans[2:], lr=0.1, clip=clip)
-    continued = equal(*[{n: w.clone() for n, w in e.weights()} for e in (engine, calm)])
+    continued = equal(weights_of(engine), weights_of(calm))
     return norms, same, weights, continued, engine.state_dict().updates
 
 

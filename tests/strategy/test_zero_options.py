@@ -5,16 +5,18 @@ import torch
 import workers
 from torch import nn
 from zero_worlds import (
+    Pair,
     Tiny,
     adamw,
     cut,
     equal,
     reader,
     settle,
+    start,
     tiny,
     train,
     train_one_process,
-    values_of,
+    weights_of,
     whole,
 )
 
@@ -38,13 +40,7 @@ CASES = [
 
 
 def make(world, choice, precision, options, seed=0):
-    settle()
-    strategy = Zero(world, precision=precision, options=choice)
-    return strategy.train(lambda: Tiny(**options), values_of(tiny(seed, **options)), adamw)
-
-
-def weights_of(engine):
-    return {name: value.clone() for name, value in engine.weights()}
+    return start(Zero(world, precision=precision, options=choice), seed, **options)
 
 
 def trains(world, choice, precision, options):
@@ -123,26 +119,10 @@ def test_a_second_copy_is_kept_where_it_was_asked_for():
         assert without == 0
 
 
-class Pair(nn.Module):
-    """y = a x, and + b x where the batch says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-
-    def blocks(self):
-        return []
-
-    def forward(self, x):
-        return self.a(x) + self.b(x) if x.numel() == 2 else self.a(x)
-
-
 def pairs(world, poison):
     """After a step of both and one of `a` alone whose loss is times `poison`: norms and b's master."""
     one, two = torch.ones(1, 1), torch.ones(2, 1)
-    engine = Zero(world, precision="fp32", options=Offload()).train(
-        Pair, lambda: ((name, torch.ones(1, 1)) for name in ("a.weight", "b.weight")), adamw
-    )
+    engine = Pair.start(Zero(world, precision="fp32", options=Offload()))
     answers = []
     for x, factor in ((two, 1.0), (one, poison), (one, 1.0)):
         with engine.micro(last=True):

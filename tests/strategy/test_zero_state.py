@@ -3,7 +3,7 @@
 import pytest
 import torch
 import workers
-from zero_worlds import Tiny, adamw, cut, equal, reader, settle, tiny, train, values_of, whole
+from zero_worlds import cut, equal, reader, start, tiny, train, weights_of, whole
 
 from framework.strategy.base import FIRST, MASTER, SECOND
 from framework.strategy.ddp import Ddp
@@ -20,13 +20,7 @@ STRATEGIES = {
 
 
 def make(world, strategy, precision, seed, options):
-    settle()
-    built = STRATEGIES[strategy](world, precision)
-    return built.train(lambda: Tiny(**options), values_of(tiny(seed, **options)), adamw)
-
-
-def weights_of(engine):
-    return {name: value.clone() for name, value in engine.weights()}
+    return start(STRATEGIES[strategy](world, precision), seed, **options)
 
 
 def three_then_two(world, strategy, precision, options):

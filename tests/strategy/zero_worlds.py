@@ -90,6 +90,36 @@ def values_of(model):
     return lambda: ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
+def start(strategy, seed: int = 0, **options):
+    """An engine of that strategy over `tiny`."""
+    settle()
+    return strategy.train(lambda: Tiny(**options), values_of(tiny(seed, **options)), adamw)
+
+
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.weights()}
+
+
+class Pair(nn.Module):
+    """y = a x, and + b x where the batch says so; `start` gives an engine of a = b = 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+
+    def blocks(self):
+        return []
+
+    def forward(self, x):
+        return self.a(x) + self.b(x) if x.numel() == 2 else self.a(x)
+
+    @classmethod
+    def start(cls, strategy):
+        return strategy.train(
+            cls, lambda: ((name, torch.ones(1, 1)) for name in ("a.weight", "b.weight")), adamw
+        )
+
+
 def adamw(named, decay=0.1):
     """Smooth in the gradient (a large eps), so that one update compares gradients as SGD would."""
     matrices, vectors = [], []

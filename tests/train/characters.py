@@ -9,9 +9,18 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from framework.config.compose import compose
+from framework.config.work import work
 
 LETTERS = "abcdefghijkl"
 SKILLS = "CRS"
+SETTINGS = (
+    "launch.device=cpu launch.threads=1 precision=fp32 data.max_length=32 data.packing=false "
+    "batch.sequences=64 batch.tokens_per_micro=2048 tracker.console=none tracker.report=false "
+    "evaluate.samples=0 retain=none optim.betas=[0.9,0.98]"
+).split()
 
 
 def write_model(directory: Path, *, begins: bool = False) -> Path:
@@ -19,40 +28,33 @@ def write_model(directory: Path, *, begins: bool = False) -> Path:
 
     With `begins` texts start with a token of their own, so that the first letter is learnt, too.
     """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    import tiny
+    from tokenizers import processors
 
-    vocabulary = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS, *"CRSFK=>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
-    )
+    words = tiny.speller(["<pad>", "<eos>", "<unk>", *LETTERS, *"CRSFK=>"], model_max_length=64)
     if begins:
         words.add_special_tokens({"bos_token": "<bos>"})
         start = processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", words.bos_token_id)]
         )
         words.backend_tokenizer.post_processor = start
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
+    lm = tiny.llama(
+        words,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=64,
-        tie_word_embeddings=False,
         bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    words.save_pretrained(directory)
-    return directory
+    return tiny.save(lm, words, directory)
+
+
+def train(place: Path, name: str, *overrides: str) -> dict[str, Any]:
+    """result.json of a run in this process."""
+    own = [f"run_dir={place}/{name}", f"data.cache_dir={place}/cache"]
+    assert work(compose([*own, *SETTINGS, *overrides])) == 0, f"{name} did not finish; see {place / name}"
+    return json.loads((place / name / "result.json").read_text())
 
 
 def word(seed: str, letters: int = 4) -> str:

@@ -8,9 +8,7 @@ import json
 
 import characters
 import pytest
-
-from framework.config.compose import compose
-from framework.config.work import work
+from characters import train
 
 pytestmark = pytest.mark.slow
 
@@ -32,21 +30,6 @@ def world(tmp_path_factory):
         "optim.lr=3e-3",
     )
     return place, files
-
-
-def train(place, name, *overrides):
-    """result.json of a run in this process."""
-    common = ["launch.device=cpu", "launch.threads=1", "precision=fp32", f"data.cache_dir={place}/cache"]
-    common += [
-        "data.max_length=32",
-        "data.packing=false",
-        "batch.sequences=64",
-        "batch.tokens_per_micro=2048",
-    ]
-    common += ["tracker.console=none", "tracker.report=false", "evaluate.samples=0", "retain=none"]
-    common += ["optim.betas=[0.9,0.98]", "optim.weight_decay=0"]
-    assert work(compose([f"run_dir={place}/{name}", *common, *overrides])) == 0
-    return json.loads((place / name / "result.json").read_text())
 
 
 def arm(world, name, *overrides):

@@ -1,6 +1,7 @@
 """The loop alone, with a one-process engine of a dozen lines: what it counts, adds, skips and repeats."""
 
 import math
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -180,6 +181,22 @@ def test_two_terms_keep_their_own_denominators():
 
     engine, _ = run(Two([None]), Record())
     assert engine.norms == pytest.approx([6.0], rel=1e-6)
+
+
+def test_micro_batches_are_let_go_before_the_next_are_asked_for():
+    """What a teacher said travels with them, and two steps of it need not fit."""
+
+    class Fresh(Steps):
+        def next(self, step):
+            assert all(x() is None for x in self.made)
+            batch = micro(1.0)
+            self.made.append(weakref.ref(batch.x))
+            return [Term(objective, [batch])]
+
+    stage = Fresh([None] * 3)
+    stage.made = []
+    run(stage, Record())
+    assert len(stage.made) == 3
 
 
 def test_a_step_with_nothing_to_train_has_a_gradient_of_zero():
