@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 CRITIC = "critic."
-"""What the names of a critic's weights begin with where they stand among the policy's: no rollout takes them."""
+"""What a critic's weights are named with where they stand among the policy's: no rollout takes them."""
 
 
 @dataclass(frozen=True)
