@@ -32,6 +32,7 @@ HOMES = {
     "torch.distributed": ("strategy/", "cluster/"),
     "deepspeed": ("strategy/", "cluster/"),
     "bitsandbytes": ("models/nf4.py",),
+    "torchao": ("strategy/fp8.py",),
     "vllm": ("rollout/vllm.py",),
     "wandb": ("track/wandb.py",),
     "tensorboard": ("track/tensorboard.py",),

@@ -7,6 +7,7 @@ import torch
 from framework.config.schema import Run
 from framework.errors import ConfigError
 from framework.strategy.compiled import check_compiler
+from framework.strategy.fp8 import Fp8, check_fp8
 from framework.strategy.memory import Blocks
 
 
@@ -20,8 +21,12 @@ def blocks_of(run: Run, device: torch.device) -> Blocks:
         )
     if model.compile == "blocks":
         check_compiler(device)
+    fp8 = None if model.fp8 is None else Fp8(model.fp8, emulate=model.fp8_emulate)
+    if fp8:
+        check_fp8(fp8, device)
     return Blocks(
         checkpointing=model.activation_checkpointing,
         offload=model.activation_offload,
         compiled=model.compile == "blocks",
+        fp8=fp8,
     )

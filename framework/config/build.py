@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from framework.config import carrying, environment, probes, record, selfmade, tabled, targets, vocabulary
+from framework.config import carrying, environment, fp8, probes, record, selfmade, tabled, targets, vocabulary
 from framework.config.nodes import Full, Wsd
 from framework.config.schema import Run
 from framework.config.spread import build_strategy
@@ -153,6 +153,7 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     and map it. Raises UserError.
     """
     inspected = inspect(run)
+    fp8.check(inspected)
     given, held_out = environment.sources(run)
     run, carried = carrying.fed(run)
     inspected = replace(inspected, run=run)

@@ -76,6 +76,8 @@ class Model(Node):
     activation_checkpointing: Literal["none", "selective", "full"]
     activation_offload: bool
     compile: Literal["none", "blocks"]
+    fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None
+    fp8_emulate: bool
     head_chunk_tokens: Positive
     neftune_alpha: Annotated[float, Field(gt=0)] | None
     chat_template: Text | None
@@ -88,6 +90,13 @@ class Model(Node):
                 "a GGUF file and new random weights",
                 "one of the two",
                 "model.init=pretrained or model.gguf_file=null",
+            )
+        if self.fp8_emulate and self.fp8 is None:
+            raise refuse(
+                "model.fp8_emulate, model.fp8",
+                "8-bit floats to be emulated, and none asked for",
+                "both or neither",
+                "model.fp8=tensorwise or model.fp8_emulate=false",
             )
         return self
 

@@ -48,6 +48,11 @@ def _own_copy(run: Run) -> bool:
     return frozen and getattr(run.stage, "reference_path", None) is None
 
 
+def _in_hardware(run: Run) -> bool:
+    """Whether 8-bit floats are multiplied by the device itself."""
+    return run.model.fp8 is not None and not run.model.fp8_emulate
+
+
 _EXACT = "strategy.quantized_weights=false strategy.quantized_gradients=false"
 
 TABLE = (
@@ -85,6 +90,34 @@ TABLE = (
         "another strategy, or no compiler",
         "strategy=fsdp or model.compile=none",
         lambda run, device: run.model.compile != "none" and run.strategy.name in LAYERWISE,
+    ),
+    Row(
+        "adapter, model.fp8",
+        "products in 8-bit floats under adapters, of frozen weights that could be kept in fewer bits",
+        "weights that are trained, or no 8-bit floats",
+        "adapter=full or model.fp8=null",
+        lambda run, device: run.model.fp8 is not None and run.adapter.kind != "full",
+    ),
+    Row(
+        "model.fp8, strategy",
+        "products in 8-bit floats under a strategy of DeepSpeed that hooks every layer",
+        "a strategy that gathers whole blocks, or no 8-bit floats",
+        "strategy=fsdp or model.fp8=null",
+        lambda run, device: run.model.fp8 is not None and run.strategy.name in LAYERWISE,
+    ),
+    Row(
+        "model.fp8, precision",
+        "products in 8-bit floats, meant to save time, in a run of precision=fp32",
+        "bf16, or roundings that are emulated",
+        "precision=bf16 or model.fp8_emulate=true",
+        lambda run, device: _in_hardware(run) and run.precision == "fp32",
+    ),
+    Row(
+        "model.fp8, launch.device",
+        "products in 8-bit floats on a CPU",
+        "a GPU that has them, or roundings that are emulated",
+        "model.fp8_emulate=true or model.fp8=null",
+        lambda run, device: _in_hardware(run) and device == "cpu",
     ),
     Row(
         "strategy.quantized_weights, strategy.quantized_gradients, precision",

@@ -250,8 +250,9 @@ def _working(inspected: Inspected, device: torch.device, tokens: int, length: in
 
 
 def _eager(run: Run) -> Run:
-    """Without the compiler, which need not be there to plan."""
-    return run.model_copy(update={"model": run.model.model_copy(update={"compile": "none"})})
+    """Without the compiler and torchao, which need not be there to plan and keep the same."""
+    changes = {"compile": "none", "fp8": None}
+    return run.model_copy(update={"model": run.model.model_copy(update=changes)})
 
 
 def _said(inspected: Inspected, tokens: int) -> tuple[torch.Tensor, ...]:

@@ -15,6 +15,7 @@ from framework.config import (
     build,
     carrying,
     finish,
+    fp8,
     judging,
     leaving,
     record,
@@ -61,8 +62,9 @@ def work(run: Run) -> int:
         if world.rank == 0:
             leaving.leave(prepared)
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
-        if resume is None and (said := carrying.told(prepared)) is not None:
-            tracker.log("event", {"message": said}, step=0)
+        for said in (carrying.told(prepared), fp8.told(prepared)) if resume is None else ():
+            if said is not None:
+                tracker.log("event", {"message": said}, step=0)
         status = "failed"
         try:
             with shortage.explained(run, world, prepared):

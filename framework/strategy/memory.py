@@ -1,8 +1,8 @@
-"""What a block's forward pass keeps for its backward pass, where it keeps it, and what is compiled.
+"""What a block's forward pass keeps for its backward pass and where, in what it multiplies, what is compiled.
 
-Everything here wraps the *forward* of blocks of `model.blocks()`, not the block: parameter names stay as
-they are, and the hooks by which FSDP2 and ZeRO-3 gather weights run outside, once, and not again when the
-block is computed a second time.
+Everything here changes the *forward* of blocks of `model.blocks()` or of their layers, and no parameter:
+names stay as they are, and the hooks by which FSDP2 and ZeRO-3 gather weights run outside, once, and not
+again when the block is computed a second time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from framework.strategy.base import Shardable
 from framework.strategy.compiled import compile_block
+from framework.strategy.fp8 import Fp8, convert_block
 from framework.strategy.lean import make_lean
 from framework.strategy.offload import offload_block
 
@@ -38,12 +39,14 @@ class Blocks:
 
     `checkpointing` is "none", "selective" (every other block keeps only its inputs and is computed again
     in the backward pass) or "full" (all do). `offload` moves what blocks keep to the CPU's memory until the
-    backward pass asks for it. `compiled` lets torch compile each block.
+    backward pass asks for it. `compiled` lets torch compile each block. `fp8` lets their linear layers
+    multiply in 8-bit floats.
     """
 
     checkpointing: str = "none"
     offload: bool = False
     compiled: bool = False
+    fp8: Fp8 | None = None
 
     def checkpoints(self, number: int) -> bool:
         """Whether block `number` is computed again."""
@@ -64,6 +67,8 @@ def prepare_blocks(
     a compiler does so by itself, and what is moved away needs no second saving.
     """
     for number, block in enumerate(cast(Shardable, model).blocks()):
+        if how.fp8:
+            convert_block(block, how.fp8)  # innermost: the others wrap what it computes
         again = how.checkpoints(number)
         if not (again or how.compiled or how.offload):
             make_lean(block)
