@@ -57,6 +57,16 @@ REFUSED = [
     ),
     ("strategy=zero3_offload model.compile=blocks", "type strategy=fsdp or model.compile=none"),
     ("strategy=zeropp model.compile=blocks", "type strategy=fsdp or model.compile=none"),
+    ("model.fp8=tensorwise adapter=lora", "type adapter=full or model.fp8=null"),
+    ("model.fp8=rowwise adapter=qlora", "type adapter=full or model.fp8=null"),
+    ("model.fp8=tensorwise strategy=zero3", "type strategy=fsdp or model.fp8=null"),
+    (
+        "model.fp8=tensorwise precision=fp32",
+        "8-bit floats, meant to save time, in a run of precision=fp32; expected bf16, or roundings that are "
+        "emulated; type precision=bf16 or model.fp8_emulate=true",
+    ),
+    ("model.fp8=rowwise launch.device=cpu", "type model.fp8_emulate=true or model.fp8=null"),
+    ("model.fp8_emulate=true", "type model.fp8=tensorwise or model.fp8_emulate=false"),
     ("adapter=dora stage=grpo reward=verifier strategy=zeropp", "type adapter=lora"),
 ]
 

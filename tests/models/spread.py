@@ -9,6 +9,7 @@ from rows import batch, segments
 from framework.models import actor_critic, load
 from framework.strategy.ddp import Ddp
 from framework.strategy.fsdp2 import Fsdp
+from framework.strategy.memory import PLAIN
 from framework.strategy.zero import Zero
 from framework.train.optim import adamw
 
@@ -17,6 +18,10 @@ STRATEGIES = {
     "ddp": Ddp,
     "fsdp": Fsdp,
     "fsdp-kept": partial(Fsdp, reshard_after_forward=False),
+    "hsdp": partial(Fsdp, shards=2),
+    "fsdp_offload": partial(Fsdp, offload=True),
+    "zero1": partial(Zero, stage=1),
+    "zero2": partial(Zero, stage=2),
     "zero3": partial(Zero, stage=3),
 }
 OPTIMIZER = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.0}
@@ -39,9 +44,11 @@ def both(path, *, adapter=None):
     return actor_critic.builder(actor[0], critic[0]), actor_critic.reader(actor[1], critic[1])
 
 
-def engine(world, name, path, *, precision="fp32", adapter=None, scale=2.0):
+def engine(world, name, path, *, precision="fp32", adapter=None, scale=2.0, blocks=PLAIN):
     optimizer = partial(adamw, **OPTIMIZER, lr_scales={"critic.": scale})
-    return STRATEGIES[name](world, precision=precision).train(*both(path, adapter=adapter), optimizer)
+    return STRATEGIES[name](world, precision=precision, blocks=blocks).train(
+        *both(path, adapter=adapter), optimizer
+    )
 
 
 def shares(world, step, micros=2):
