@@ -1,4 +1,4 @@
-"""Products in 8-bit floats by the hardware: the losses of bf16 within their rounding, and those of emulation."""
+"""Products in 8-bit floats by the hardware: losses as in bf16 within their rounding, and as emulated."""
 
 import pytest
 import torch
@@ -63,17 +63,20 @@ def plain():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_stay_near_those_of_bf16(recipe, compiled, plain):
-    """2 % of the loss over eight steps, in which it falls by more than a tenth."""
+    """5 % of the loss over eight steps, in which it falls by more than a tenth.
+
+    Gradients are off by as much, and AdamW's first steps go by their signs.
+    """
     check_fp8(Fp8(recipe), DEVICE)
     found, _ = losses(Blocks(fp8=Fp8(recipe), compiled=compiled))
     assert plain[-1] < 0.9 * plain[0]
-    assert found == pytest.approx(plain, rel=0.02)
+    assert found == pytest.approx(plain, rel=0.05)
     assert found != plain
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_hardware_rounds_as_emulation_does(recipe):
-    """After one step, from the same weights: sums in another order, and far nearer than 8 bits are to bf16."""
+    """After one step, from the same weights: nearer to one another than 8 bits are to bf16."""
     (loss,), gradients = losses(Blocks(fp8=Fp8(recipe)), steps=1)
     (emulated,), expected = losses(Blocks(fp8=Fp8(recipe, emulate=True)), steps=1)
     _, exact = losses(PLAIN, steps=1)
