@@ -18,8 +18,7 @@ from framework.config.build import Prepared
 from framework.data import cache
 from framework.rollout import intervals
 from framework.rollout.assess import Assessment
-from framework.rollout.base import Prompt, Rollout
-from framework.rollout.weights import CRITIC
+from framework.rollout.base import CRITIC, Prompt, Rollout
 from framework.strategy.base import Engine, World
 from framework.train.retain import Cadence, Fall
 
