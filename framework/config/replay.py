@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from framework.config.schema import Run
 
 
-Budget = Annotated[float, Field(gt=0)]
-
-
 class Replay(Node):
     sources: tuple[Source, ...]
     fraction: Share
@@ -28,7 +25,9 @@ class Replay(Node):
     sequences: Positive | None
     objective: Literal["text", "start"]
     likeliest: Positive
-    max_forgetting: Budget | Annotated[dict[Name, Budget], Field(min_length=1)] | None
+    max_forgetting: (
+        Annotated[float, Field(gt=0)] | Annotated[dict[Text, float], Field(min_length=1)] | None
+    )
     unit: Literal["relative_loss", "kl", "accuracy"]
     most: Annotated[float, Field(gt=0)] | None
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
@@ -90,7 +89,16 @@ class Replay(Node):
 
     @model_validator(mode="after")
     def _measured(self) -> Self:
-        if isinstance(self.max_forgetting, dict) and self.strata is not None:
+        named = self.max_forgetting if isinstance(self.max_forgetting, dict) else {}
+        for name, budget in named.items():
+            if budget <= 0:
+                raise refuse(
+                    "replay.max_forgetting",
+                    f"{budget:g} for {name}",
+                    "a number > 0 for each kind of text",
+                    f"'replay.max_forgetting={{{name}: 0.01}}'",
+                )
+        if named and self.strata is not None:
             raise refuse(
                 "replay.max_forgetting, replay.strata",
                 "budgets by kind of text, and kinds of text beside them",
