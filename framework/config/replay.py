@@ -25,9 +25,7 @@ class Replay(Node):
     sequences: Positive | None
     objective: Literal["text", "start"]
     likeliest: Positive
-    max_forgetting: (
-        Annotated[float, Field(gt=0)] | Annotated[dict[Text, float], Field(min_length=1)] | None
-    )
+    max_forgetting: Annotated[float, Field(gt=0)] | Annotated[dict[Text, float], Field(min_length=1)] | None
     unit: Literal["relative_loss", "kl", "accuracy"]
     most: Annotated[float, Field(gt=0)] | None
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
