@@ -142,6 +142,8 @@ def _budgeted(
     """
     by_answers = run.replay.unit == "accuracy"
     known = tuple(asked if by_answers else found)
+    if not known:  # no built-in row can be read, and nothing else is watched but questions
+        return ()
     bound = run.replay.bound or (known if by_answers else usual)
     if missing := [name for name in bound if name not in known]:
         close = nearest(missing[0], known) or known[0]

@@ -51,7 +51,7 @@ def build_watch(
     )
     told = [("event", {"message": probes.told()})]
     decide = None
-    if prepared.run.replay.max_forgetting is not None:
+    if prepared.run.replay.max_forgetting is not None and probes.budgeted:
         replay = prepared.run.replay
         steer = stage.steer if replay.sources else None
         rate = build.learning_rate(prepared)

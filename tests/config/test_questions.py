@@ -50,7 +50,7 @@ def test_the_start_is_asked_twice_the_second_time_in_halves():
 
 
 def test_what_changes_sides_counts_and_what_was_not_judged_does_not():
-    """The start knows 0 to 5 of 0 to 9, then it is 3 to 6, and 7 and 8 are not judged: of 8, 3 lost, 1 gained."""
+    """The start knows 0 to 5 of ten, what became of it 3 to 6; 7 and 8 are not judged: 3 of 8 lost, 1 won."""
     model = Model(0, 1, 2, 3, 4, 5)
     ask = questions(model)
     ask.begin(None)

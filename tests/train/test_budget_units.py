@@ -100,11 +100,16 @@ def test_budgets_of_loss_and_of_divergence_are_judged_by_them(place, unit):
     assert "answers" not in result
 
 
+def half(place):
+    """Half of the right answers to be kept, of what can be replayed; with nine askings a start near it."""
+    kept = ["replay.unit=accuracy", "replay.max_forgetting=0.5", "replay.fraction=0.4"]
+    return [*given(place), *budget(place), *kept, *asking(place, "near")]
+
+
 @pytest.fixture(scope="module")
 def held(place):
-    """(result, directory) of half of the right answers to be kept, of what can be replayed."""
-    more = ["replay.unit=accuracy", "replay.max_forgetting=0.5", *asking(place, "near")]
-    return characters.train(place, "held", *given(place), *budget(place), *more), place / "held"
+    """(result, directory)."""
+    return characters.train(place, "held", *half(place)), place / "held"
 
 
 def test_a_budget_of_accuracy_is_steered_by_answers_alone(held):
@@ -194,24 +199,19 @@ def same(again, whole):
 
 
 def test_a_run_that_was_killed_compares_with_the_same_answers(place, held):
-    """What the start model answered comes from the checkpoint: a changed one is believed."""
     result, whole = held
     again = killed(whole, place / "again")
-    more = ["replay.unit=accuracy", "replay.max_forgetting=0.5", *asking(place, "near")]
-    repeated = characters.train(place, "again", *given(place), *budget(place), *more)
+    repeated = characters.train(place, "again", *half(place))
     same(again, whole)
     assert repeated["answers"] == result["answers"]
     assert [line["step"] for line in lines(again, "retain") if "near/right" in line][-3:] == [48, 56, 60]
 
 
-def launch(place, run_dir, *more):
+def launch(place, run_dir):
     own = [f"run_dir={run_dir}", f"data.cache_dir={place}/cache", "launch.nproc=2", "strategy=fsdp"]
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *own, *characters.SETTINGS]
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *characters.SETTINGS, *half(place), *own]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    asked = ["replay.unit=accuracy", "replay.max_forgetting=0.5", *asking(place, "near")]
-    done = subprocess.run(
-        [*command, *given(place), *budget(place), *asked, *more], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
