@@ -1,7 +1,7 @@
 """What is watched for forgetting, before a weight is read: rows of which texts, how often, at what cost.
 
 Built-in rows that a tokenizer or `data.max_length` cannot take, and those that are trained on, are left out
-and counted. A row of the user's that is trained on is refused.
+and counted. A row or question of the user's that is trained on is refused.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def prepare(
     """The strata of `given` (the user's) and the built-in ones; None where nothing is to be watched.
 
     `trained` are all tables that are learnt from or replayed, `reading` is how tables are made of sources,
-    `questions` are asked besides. Raises DataError for a row of the user's that is trained on.
+    `questions` are asked besides. Raises DataError for a row or question of the user's that is trained on.
     """
     if run.stage.name == "reward" or not (given or run.retain.builtin or questions):
         return None  # a reward model writes nothing, so it has nothing to forget of that
@@ -120,6 +120,10 @@ def prepare(
             if leaked := leaking(table, first, other):
                 _refuse(table, other, leaked[0])
         found[table.name] = Watched(table.name, table, tuple(first))
+    for table in questions:
+        for other in trained:
+            if leaked := leaking(table, range(len(table)), other):
+                _refuse(table, other, leaked[0])
     left_out += Counter()  # without zeros
     asked = {table.name: len(table) for table in questions}
     if not (found or asked):
@@ -213,7 +217,7 @@ def _readable(table: Table, tokenizer: Any, left_out: Counter[str]) -> list[int]
 
 def _refuse(table: Table, other: Table, leak: leaks.Leak) -> None:
     raise DataError(
-        f"this row is trained on, too, as {other.where(leak.trained)} ({other.name}), so its loss would say "
+        f"this row is trained on, too, as {other.where(leak.trained)} ({other.name}), so it would say "
         "nothing of what is forgotten; expected rows that are not learnt; leave it out here or there",
         path=table.where(leak.probe),
     )

@@ -149,11 +149,11 @@ def test_budgets_of_kinds_that_nobody_watches_are_refused_with_the_nearest(prepa
 QUESTIONS = [{"prompt": f"What is {i} and one?", "answer": str(i + 1)} for i in range(100)]
 
 
-def asking(prepare, *more):
+def asking(prepare, *more, again=GENERAL):
     """Probes of a run with 100 questions named sums and a budget of accuracy."""
     given = ["replay=budget", f"replay.sources=[{source(prepare, 'again')}]", "replay.unit=accuracy"]
     given += [f"retain.prompts=[{source(prepare, 'sums')}]", "reward=verifier"]
-    return prepare(*given, *more, again=GENERAL, sums=QUESTIONS)
+    return prepare(*given, *more, again=again, sums=QUESTIONS)
 
 
 def test_questions_are_bound_by_a_budget_of_accuracy_and_nothing_else_is(prepare):
@@ -167,6 +167,12 @@ def test_questions_are_bound_by_a_budget_of_accuracy_and_nothing_else_is(prepare
     ):
         asking(prepare, "replay.strata=[chat]")
     assert asking(prepare, "retain.builtin=false", "replay.max_forgetting=0.05").strata == ()
+
+
+def test_a_question_that_is_trained_on_is_refused(prepare):
+    known = [{"prompt": QUESTIONS[3]["prompt"], "completion": " 4"}]
+    with pytest.raises(DataError, match=r"sums\.jsonl:4: .*trained on, too, as .*again\.jsonl:1"):
+        asking(prepare, "replay.max_forgetting=0.05", again=known)
 
 
 def test_questions_that_are_too_few_for_a_budget_are_named_before_anything_is_loaded(prepare):

@@ -24,17 +24,24 @@ STEPS, KILLED = 60, 24
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Facts, of which one half can be replayed (near) and the other not (far), and a start that knows all."""
+    """Facts, of which one half can be replayed (near) and the other not (far), and a start that knows all.
+
+    They were learnt in two wordings: one is rehearsed, the other is what is asked.
+    """
     place = tmp_path_factory.mktemp("units")
-    facts = [
-        {
-            "prompt": f"F{characters.word(f'fact {i}', 3)}=",
-            "completion": f"{characters.word(f'means {i}', 3)}>",
-        }
-        for i in range(60)
-    ]
-    halves = {"near": facts[:30], "far": facts[30:]}
-    sets = {"learn": facts * 8, "replay": facts[:30] * 8, "cipher": characters.rows("K", 400, "cipher")}
+    rehearsed, asked = (
+        [
+            {
+                "prompt": f"{wording}{characters.word(f'fact {i}', 3)}=",
+                "completion": f"{characters.word(f'means {i}', 3)}>",
+            }
+            for i in range(60)
+        ]
+        for wording in "SF"
+    )
+    halves = {"near": asked[:30], "far": asked[30:]}
+    sets = {"learn": [*rehearsed, *asked] * 4, "replay": rehearsed[:30] * 8}
+    sets["cipher"] = characters.rows("K", 400, "cipher")
     sets |= {f"{name}_text": characters.rows("C", 20, name) for name in halves}
     for name, half in halves.items():
         sets[name] = [{"prompt": row["prompt"], "answer": row["completion"]} for row in half]
