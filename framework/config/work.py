@@ -154,7 +154,9 @@ def write_model(inspected: Inspected, engine: Engine, where: Path) -> None:
     export(
         where,
         description=inspected.description,
-        weights=engine.weights() if inspected.critic is None else part(engine.weights(without=CRITIC), POLICY),
+        weights=engine.weights()
+        if inspected.critic is None
+        else part(engine.weights(without=CRITIC), POLICY),
         adapter=build.adapter_of(inspected.run),
         rank=engine.world.rank,
     )

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+CRITIC = "critic."
+"""What a critic's weights are named with where they stand among the policy's: no rollout takes them."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -160,7 +160,8 @@ class Shaping:
 
     With `within_prompt` minus the mean reward of the answers to the same prompt, as a reward model's numbers
     compare no others. (reward - mean) / std, with the two numbers given or, with `running`, those of all
-    rewards so far; then minus `missing_eos_penalty` where the answer did not end by itself; then clipped to +- `clip`.
+    rewards so far; then minus `missing_eos_penalty` where the answer did not end by itself; then clipped to
+    +- `clip`.
     """
 
     mean: float = 0.0

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.rollout.base import CRITIC
+
 PREFIXES = ("policy.lm.", "lm.")
-CRITIC = "critic."
 WRAPPER = "base_model.model."  # what peft puts before a model's own names
 BASE, LORA_A, LORA_B = "base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"
 

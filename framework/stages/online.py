@@ -22,7 +22,7 @@ from torch import Tensor
 from framework.batch import Outputs, RolloutBatch
 from framework.errors import ConfigError, SapwoodError
 from framework.keyed import key
-from framework.rollout.base import Rollout, Sampling
+from framework.rollout.base import CRITIC, Rollout, Sampling
 from framework.rollout.experience import (
     Averaging,
     Experience,
@@ -32,7 +32,6 @@ from framework.rollout.experience import (
     minibatches,
     rollout_batches,
 )
-from framework.rollout.weights import CRITIC
 from framework.stages import measures, sharing
 from framework.stages.asking import Clock, Prompts, Reward, ask, check_failures
 from framework.stages.base import Term

@@ -129,8 +129,9 @@ class Engine(Protocol):
     def weights(self, *, without: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, whole, under its name in the built model, on every rank.
 
-        Those whose names begin with `without` are left out and cost nothing. Collective: all ranks iterate to the end. Trained parameters in fp32 (the masters), frozen
-        ones in their own dtype. A tensor is valid until the next one is asked for.
+        Those whose names begin with `without` are left out and cost nothing. Collective: all ranks iterate to
+        the end. Trained parameters in fp32 (the masters), frozen ones in their own dtype. A tensor is valid
+        until the next one is asked for.
         """
 
     def held(self) -> AbstractContextManager[Mapping[str, Sequence[Slice]]]:

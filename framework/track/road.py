@@ -3,8 +3,9 @@
 Made from the files of the pipeline's directory and of its steps' (config.yaml, metrics.jsonl, result.json),
 so it can be made again at any time: python -m framework.track.road RUN_DIR
 What a step did not measure is simply absent. A function's result.json may bring `measured` (by model: a
-number, or [value, low, high] of a 95 % interval) `against` one of them, `samples` (rows), `facts`, and a
-`chain` of tasks (`track.chain`).
+number, or [value, low, high] of a 95 % interval) `against` one of them, `samples` (rows), `facts`, a
+`chain` of tasks (`track.chain`), and `ranked`: what share of the held-out pairs that it wrote trivial
+rankings get right.
 """
 
 from __future__ import annotations
@@ -112,9 +113,14 @@ def _result(directory: Path) -> dict[str, Any]:
 
 
 def _tiles(stages: Sequence[Stage], measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of each model that was measured and was trained here, the accuracy beside the one it started from."""
+    """Of each model that was measured and was trained here, the accuracy beside the one it started from.
+
+    And of each reward model, the pairs that it ranks right beside those that trivial rankings do.
+    """
     tiles = []
     for stage in stages:
+        if stage.kind == "reward":
+            tiles += _ranked(stage, stages)
         accuracy = measured.get(stage.name, {}).get("accuracy")
         if accuracy is None:
             continue
@@ -127,6 +133,23 @@ def _tiles(stages: Sequence[Stage], measured: Mapping[str, Mapping[str, Any]]) -
         note = "held-out accuracy" + (f", 95 %: {low:.1%} to {high:.1%}" if low != high else "")
         tiles.append(parts.tile(stage.name, text, note, mood))
     return "".join(tiles)
+
+
+def _ranked(stage: Stage, stages: Sequence[Stage]) -> list[str]:
+    """A tile for each held-out set of a reward model."""
+    tiles = []
+    for source in stage.config.get("data", {}).get("eval") or ():
+        right = (stage.result.get("metrics") or {}).get(f"{source.get('name')}/rewards/accuracy")
+        if right is None:
+            continue
+        path = Path(str(source.get("path", "")))
+        maker = next((other for other in stages if path.is_relative_to(other.run_dir)), stage)
+        others: Mapping[str, float] = maker.result.get("ranked", {})
+        note = "held-out pairs ranked right"
+        note += "".join(f"; by {name} {share:.1%}" for name, share in others.items())
+        mood = ("good" if right > max(others.values()) else "bad") if others else ""
+        tiles.append(parts.tile(stage.name, f"{right:.1%}", note, mood))
+    return tiles
 
 
 def _parent(stage: Stage, stages: Sequence[Stage]) -> str:
@@ -188,6 +211,7 @@ def _step(stage: Stage) -> str:
     if "seconds" in result:
         about.append(parts.duration(result["seconds"]))
     facts = {**result.get("facts", {}), **(result.get("metrics") or {})}
+    facts |= {f"held-out pairs ranked by {name}": share for name, share in result.get("ranked", {}).items()}
     rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_fact(v))}</td></tr>" for k, v in facts.items())
     table = f"<table>{rows}</table>" if rows else ""
     return (

@@ -125,7 +125,10 @@ MISTAKES = [
     ("stage=distill stage.teacher=t replay=term replay.sources=[{path: a}]", "type replay=fixed"),
     ("stage=distill stage.teacher=t stage.own_share=1.5", "got 1.5; expected a number"),
     ("stage=distill stage.teacher=t stage.own_share=1 rollout.samples=2", "type rollout.samples=1"),
-    ("stage=ppo reward=verifier stage.shaping.within_prompt=true rollout.samples=1", "type rollout.samples=8"),
+    (
+        "stage=ppo reward=verifier stage.shaping.within_prompt=true rollout.samples=1",
+        "type rollout.samples=8",
+    ),
     ("stage=distill stage.teacher=t stage.own_share=1 data.train_on=all", "type data.train_on=assistant"),
     (
         "stage=distill stage.teacher=t stage.own_share=1 data.max_length=200",

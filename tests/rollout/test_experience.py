@@ -178,7 +178,7 @@ def test_scores_are_shaped_in_order_and_land_on_the_last_token():
 
 
 def test_scores_within_a_prompt_begin_from_its_mean():
-    """1, 3 and a failure: mean 2; 7 alone: 0; deviations of -1, 1, 0: 1. An answer that did not end loses 10."""
+    """1, 3 and a failure: mean 2; 7 alone: 0; deviations of -1, 1, 0: 1. One without an end loses 10."""
     seen = Running()
     shape = Shaping(within_prompt=True, running=True, missing_eos_penalty=10.0)
     rewards, ended = torch.tensor([1.0, 3.0, NAN, 7.0]).double(), torch.tensor([True, False, True, True])

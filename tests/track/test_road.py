@@ -100,6 +100,25 @@ def test_what_was_measured_stands_side_by_side(run_dir):
         assert absent not in text
 
 
+def test_a_reward_model_stands_beside_trivial_rankings(run_dir):
+    ranked = {"length": 0.55, "the model's own log-probability": 0.92}
+    result = {"status": "done", "facts": {"held-out pairs": 274}, "ranked": ranked}
+    more = step(run_dir, "pairs", "step", result=result)
+    held_out = {"path": str(run_dir / "pairs-12345678" / "held-out.jsonl"), "name": "pairs"}
+    for name, right in (("good", 0.96), ("poor", 0.9)):
+        result = {"status": "done", "metrics": {"pairs/rewards/accuracy": right, "pairs/loss": 0.2}}
+        config = {"model": {"path": "start"}, "data": {"eval": [held_out]}}
+        more |= step(run_dir, name, "reward", result=result, config=config)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["stages"] |= more
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    text = Page(build(run_dir).read_text()).text
+    beside = "held-out pairs ranked right; by length 55.0%; by the model's own log-probability 92.0%"
+    assert f"good 96.0% {beside}" in text
+    assert f"poor 90.0% {beside}" in text
+    assert "held-out pairs ranked by length 0.55" in text
+
+
 def test_each_quantity_has_one_chart_with_a_line_for_each_step(run_dir):
     """Reward, KL and entropy of grpo's rollouts; accuracy and loss of sft's evaluations."""
     text = build(run_dir).read_text()
