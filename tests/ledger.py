@@ -14,9 +14,22 @@ from unittest import mock
 
 import workers
 
+from framework.config import cells
 from framework.config import work as working
 from framework.config.compose import compose
+from framework.config.specimens import write
 from framework.train import trainer
+
+STEPS, SEQUENCES, REHEARSED = 8, 8, 3
+WEIGHTS = {"general": 2, "chat": 1}  # of rows of replay
+KINDS: dict[str, dict[str, Any]] = {
+    "sft": {"replay": "budget", "replay.fraction": 0.45},
+    "dpo": {"replay": "term", "replay.most": 10, "replay.sequences": REHEARSED},
+    "ppo": {"replay": "term", "replay.most": 10, "replay.sequences": REHEARSED, "stage.prompts": SEQUENCES},
+}
+"""Runs that replay under a budget: SFT mixes it in by a share of trained tokens, DPO and PPO have it as a
+term of its own, by a number of examples a step. All look at what is forgotten every other step and move the
+share or the coefficient."""
 
 
 class Entry(NamedTuple):
@@ -26,6 +39,42 @@ class Entry(NamedTuple):
     source: int  # number of its table
     tokens: tuple[int, ...]
     trained: float  # tokens that count
+
+
+def files(place: Path, model: Path) -> Path:
+    """Data of all kinds in `place`, of which the text to imitate has many lengths and no two rows alike."""
+    for name, count in {"task": 60, "general": 30, "chat": 11, "watched": 12}.items():
+        rows = (
+            {"prompt": f"{name} {'one ' * (i % 5)}{i}", "completion": f" {'two ' * (i * 3 % 7)}{i}"}
+            for i in range(count)
+        )
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write(place, model)
+
+
+def line(kind: str, place: Path, model: Path, run_dir: Path, **changes: Any) -> list[str]:
+    """What one types for such a run; `changes` as of `cells.arguments`."""
+    replayed = ", ".join(f"{{path: {place}/{name}.jsonl, weight: {w}}}" for name, w in WEIGHTS.items())
+    settings = {
+        **KINDS[kind],
+        "replay.sources": f"[{replayed}]",
+        "replay.max_forgetting": 0.02,
+        "evaluate.retention": f"[{{path: {place}/watched.jsonl}}]",
+        "retain": "none",
+        "retain.every": 2,
+        "batch.sequences": SEQUENCES,
+        "steps": STEPS,
+        "checkpoint.export": "false",
+        "tracker.every": 1,
+        "tracker.console": "none",
+        "tracker.report": "false",
+        "run_dir": run_dir,
+    }
+    if kind == "sft":
+        settings["data.train"] = f"[{{path: {place}/task.jsonl}}]"
+    return cells.arguments(
+        kind, place, model, **{name.replace(".", "__"): value for name, value in settings.items()} | changes
+    )
 
 
 def run(size: int, arguments: Sequence[str]) -> list[list[Entry]]:

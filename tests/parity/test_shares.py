@@ -1,25 +1,11 @@
-"""Replay under a budget that moves it: what is asked for, reported and consumed, however a run is spread.
+"""Replay under a budget that moves it: what is asked for, reported and consumed, however a run is spread."""
 
-SFT mixes replay in by a share of trained tokens, DPO and PPO have it as a term of its own by a number of
-examples a step. All look at what is forgotten every other step and move the share or the coefficient.
-"""
-
-import json
 from collections import Counter
 
 import ledger
 import pytest
+from ledger import KINDS, REHEARSED, SEQUENCES, STEPS, WEIGHTS
 
-from framework.config import cells
-from framework.config.specimens import write
-
-STEPS, SEQUENCES, REHEARSED = 8, 8, 3
-WEIGHTS = {"general": 2, "chat": 1}  # of rows of replay
-KINDS = {
-    "sft": {"replay": "budget", "replay.fraction": 0.45},
-    "dpo": {"replay": "term", "replay.most": 10, "replay.sequences": REHEARSED},
-    "ppo": {"replay": "term", "replay.most": 10, "replay.sequences": REHEARSED, "stage.prompts": SEQUENCES},
-}
 USUAL = [
     (1, "ddp", False),
     (2, "ddp", True),
@@ -30,56 +16,26 @@ USUAL = [
     (4, "zero3", False),
 ]
 EVERY = [
-    (size, spread, packed) for size in (2, 4) for spread in ("ddp", "fsdp", "zero3") for packed in (0, 1)
+    (size, strategy, packed)
+    for size in (2, 4)
+    for strategy in ("ddp", "fsdp", "zero3")
+    for packed in (True, False)
 ]
 CELLS = [*USUAL, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in EVERY if cell not in USUAL)]
-
-
-def rows(kind, count):
-    """Of many lengths, and no two alike."""
-    return [
-        {"prompt": f"{kind} {'one ' * (i % 5)}{i}", "completion": f" {'two ' * (i * 3 % 7)}{i}"}
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, tiny_model_dir):
     """(run directory, ledger) of a run; each is made once."""
-    place = write(tmp_path_factory.mktemp("shares"), tiny_model_dir)
-    for name, count in {"task": 60, "general": 30, "chat": 11, "watched": 12}.items():
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(name, count)))
+    place = ledger.files(tmp_path_factory.mktemp("shares"), tiny_model_dir)
     made = {}
 
     def get(kind, size=1, strategy="ddp", packed=True):
         key = (kind, size, strategy, packed)
         if key not in made:
             run_dir = place / "-".join(map(str, key))
-            replayed = ", ".join(f"{{path: {place}/{n}.jsonl, weight: {w}}}" for n, w in WEIGHTS.items())
-            settings = {
-                **KINDS[kind],
-                "replay.sources": f"[{replayed}]",
-                "replay.max_forgetting": 0.02,
-                "evaluate.retention": f"[{{path: {place}/watched.jsonl}}]",
-                "retain": "none",
-                "retain.every": 2,
-                "strategy": strategy,
-                "launch.nproc": size,
-                "data.packing": str(bool(packed)).lower(),
-                "batch.sequences": SEQUENCES,
-                "steps": STEPS,
-                "checkpoint.export": "false",
-                "tracker.every": 1,
-                "tracker.console": "none",
-                "tracker.report": "false",
-                "run_dir": run_dir,
-            }
-            if kind == "sft":
-                settings["data.train"] = f"[{{path: {place}/task.jsonl}}]"
-            line = cells.arguments(
-                kind, place, tiny_model_dir, **{n.replace(".", "__"): v for n, v in settings.items()}
-            )
-            made[key] = run_dir, ledger.run(size, line)
+            spread = {"strategy": strategy, "launch__nproc": size, "data__packing": str(packed).lower()}
+            made[key] = run_dir, ledger.run(size, ledger.line(kind, place, tiny_model_dir, run_dir, **spread))
         return made[key]
 
     return get
