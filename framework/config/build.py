@@ -64,6 +64,7 @@ class Prepared(Inspected):
     retention: Sequence[Table] = ()
     important: Sequence[Table] = ()  # text whose Fisher information says which weights matter
     questions: Sequence[PromptTable] = ()
+    retain_questions: Sequence[PromptTable] = ()  # of which it is watched what is answered right
     probes: probes.Probes | None = None  # what is watched for forgetting
     carried: carrying.Carried | None = None  # what earlier stages have left
 
@@ -86,6 +87,13 @@ class Prepared(Inspected):
         if run.replay.max_forgetting is not None and self.probes is not None:
             identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
             identity["probes"] = self.probes.identity
+            if run.replay.unit == "accuracy":
+                identity["questions"] = {
+                    "tables": {table.name: table.fingerprint for table in self.retain_questions},
+                    "ask_every": run.retain.ask_every,
+                    "score": [shown["retain"]["score"], shown["evaluate"]["score"]],
+                    "max_new_tokens": run.rollout.max_new_tokens,
+                }
         if run.replay.objective == "start":
             identity["replay"] = run.replay.model_dump(mode="json", include={"objective", "likeliest"})
         if (protect := run.protect).chosen:  # what comes after the last step may still change
@@ -163,7 +171,10 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
     train_tables, retention = read(given), text(run.evaluate.retention)
     held_out_tables = () if online else read(held_out)
     asked = [*run.evaluate.prompts, *(held_out if online else ())]
-    questions = tabled.questions(inspected, asked, progress=progress) if asked else ()
+    questions, retain_questions = (
+        tabled.questions(inspected, each, progress=progress) if each else ()
+        for each in (asked, run.retain.prompts)
+    )
     # Last: the start model may have to write it, and what else is refused is refused before.
     replay_tables = carrying.read(run, carried, selfmade.sources_of(run, inspected.description), text)
     if online:
@@ -189,9 +200,12 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         retention=retention,
         important=important,
         questions=questions,
+        retain_questions=retain_questions,
         mixture=mixture,
         steps=steps,
-        probes=probes.prepare(run, retention, [*named, *important], steps, tabled.options(inspected)),
+        probes=probes.prepare(
+            run, retention, [*named, *important], steps, tabled.options(inspected), retain_questions
+        ),
         carried=carried,
     )
 

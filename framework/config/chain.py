@@ -29,6 +29,7 @@ from framework.rollout import transfer
 from framework.rollout.base import Completion
 from framework.rollout.hf import complete
 from framework.rollout.intervals import share
+from framework.track.chain import MEANS
 
 MAX_LENGTH = 2048  # tokens of a row
 
@@ -40,7 +41,7 @@ class Task(Node):
     score: Text | None = None  # function of an answer and its row: 1 is right; None: likelihood
     options: Mapping[str, Any] = Field(default_factory=dict)  # of the score
     chance: float = Field(default=0.0, ge=0, lt=1)  # share of rows that a guess gets right
-    learnt: Text | None = None  # the stage that teaches it; None: the one of the same name
+    learnt: Text | None = None  # the stage that teaches it; None: of its name; the first: known before
 
 
 def matrix(
@@ -56,13 +57,15 @@ def matrix(
     `models` (name: path) in the order of training, the first as it came in; `tasks` (name: `Task`). With a
     score R is the share of greedy answers that it gives 1 and that ended by themselves, with the 95 %
     interval; without, exp(-loss), the geometric mean of the probability of the tokens to be said. Means are
-    taken over tasks that are measured alike. Raises ConfigError, DataError, ModelError.
+    taken over tasks that are measured alike and that a stage teaches. Raises ConfigError, DataError,
+    ModelError.
     """
     stages = list(models)
     asked = {name: _task(name, given, stages) for name, given in tasks.items()}
     verify = {name: _verifier(name, task, trusted) for name, task in asked.items()}
     answered: dict[str, list[list[bool]]] = {name: [] for name in asked}  # by stage, [n]
     losses: dict[str, list[float]] = {name: [] for name in asked}
+    rows: dict[str, int] = {}
     for path in models.values():
         lm, tokenizer = answering.load(path, dtype=torch.bfloat16)
         reading = {"tokenizer": tokenizer, "cache_dir": directory / "cache"}
@@ -71,13 +74,18 @@ def matrix(
             if score is None:
                 (table,) = tokenised([source], max_length=MAX_LENGTH, **reading)
                 losses[name].append(compare.loss(lm, table))
+                rows[name] = len(table)
                 continue
             (questions,) = prompts.prepare([source], max_prompt_tokens=MAX_LENGTH, **reading)
             ids = [questions.example(row)[0].tolist() for row in range(len(questions))]
             answers = complete(lm, tokenizer, ids, max_new_tokens=max_new_tokens)
             verdicts = [_right(name, score, each, questions.row(row)) for row, each in enumerate(answers)]
             answered[name].append(verdicts)
-    found = {name: _of(task, stages, answered[name], losses[name]) for name, task in asked.items()}
+            rows[name] = len(verdicts)
+    found = {
+        name: {**_of(task, stages, answered[name], losses[name]), "rows": rows[name]}
+        for name, task in asked.items()
+    }
     chain = {"stages": stages, "tasks": found, "means": _means(stages, found)}
     print(told(chain), file=sys.stderr, flush=True)
     (directory / "matrix.json").write_text(json.dumps(chain, indent=2) + "\n", encoding="utf-8")
@@ -87,17 +95,24 @@ def matrix(
 def told(chain: Mapping[str, Any]) -> str:
     """The matrix and its means for a terminal."""
     stages, found = chain["stages"], chain["tasks"]
-    rows = [["", *stages, "forgetting"]]
+    rows = [["", *stages, "forgetting", "rows", "of"]]
     for name, task in found.items():
         forgot = "" if task["forgetting"] is None else f"{task['forgetting']:+.3f}"
-        rows.append([name, *(f"{value:.3f}" for value in task["scores"]), forgot])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    for measure, means in chain["means"].items():
-        known = ", ".join(
-            f"{key.replace('_', ' ')} {value:.3f}" for key, value in means.items() if value is not None
+        scores = (
+            f"{'*' if stage == task['learnt'] else ''}{value:.3f}"
+            for stage, value in zip(stages, task["scores"], strict=True)
         )
-        lines.append(f"{measure}: {known}")
+        rows.append([name, *scores, forgot, str(task["rows"]), task["measure"]])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["every task after every stage; *: the stage that teaches it"]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    for measure, means in chain["means"].items():
+        known = (
+            f"{label} {means[key]:{sign}.3f} ({short})"
+            for key, (label, _, short, sign) in MEANS.items()
+            if means[key] is not None
+        )
+        lines.append(f"mean {measure} {', '.join(known)}")
     return "\n".join(lines)
 
 
@@ -109,10 +124,10 @@ def _task(name: str, given: Mapping[str, Any], stages: Sequence[str]) -> Task:
         where = ".".join(["tasks", name, *map(str, first["loc"])])
         raise ConfigError(f"{where}: {first['msg']}; expected {', '.join(Task.model_fields)}") from error
     learnt = task.learnt or name
-    if learnt not in stages[1:]:
+    if learnt not in stages:
         raise ConfigError(
-            f"tasks.{name}.learnt: {learnt} is no model after the first; expected one of "
-            f"{', '.join(stages[1:]) or 'models'}; type tasks.{name}.learnt={stages[-1]}"
+            f"tasks.{name}.learnt: {learnt} is none of models; expected one of {', '.join(stages)}, the "
+            f"first for what is known before; type tasks.{name}.learnt={stages[-1]}"
         )
     return task.model_copy(update={"learnt": learnt})
 
@@ -149,7 +164,7 @@ def _of(
         shares = [share(sum(right), len(right) - sum(right)) for right in answered]
         scores = [each.value for each in shares]
         about |= {"measure": "accuracy", "scores": scores, "intervals": [list(each[1:]) for each in shares]}
-        about |= {"rows": len(answered[0]), "chance": task.chance}
+        about["chance"] = task.chance
         since = {stages[0]: answered[0], task.learnt: answered[own]}
         about["flips"] = {
             stage: asdict(transfer.flips(before, answered[-1], chance=task.chance))
@@ -163,10 +178,11 @@ def _of(
 def _means(
     stages: Sequence[str], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float | None]]:
-    """By measure: ACC, LA, BWT and mean forgetting of the tasks that are measured so."""
+    """By measure: ACC, LA, BWT and mean forgetting of the tasks that are measured so and are taught."""
     means = {}
-    for measure in dict.fromkeys(task["measure"] for task in found.values()):
-        alike = [task for task in found.values() if task["measure"] == measure]
+    taught = [task for task in found.values() if task["learnt"] != stages[0]]
+    for measure in dict.fromkeys(task["measure"] for task in taught):
+        alike = [task for task in taught if task["measure"] == measure]
         scores = list(zip(*(task["scores"] for task in alike), strict=True))
         learnt = [stages.index(task["learnt"]) for task in alike]
         means[measure] = asdict(transfer.summary(scores, learnt))

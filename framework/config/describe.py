@@ -70,11 +70,18 @@ def _words(node: dict[str, Any]) -> Iterator[str]:
         elif kind == "array":
             yield _list(member)
         elif kind == "object":
-            yield f"{{{', '.join(f'{name}: ...' for name in member['properties'])}}}"
+            yield f"{{{', '.join(_members_of(member))}}}"
         elif "pattern" in member:
             yield f"text of the form {member['pattern'].strip('^$')}"
         else:
             yield f"{_KINDS[kind]} {bounds}".rstrip()
+
+
+def _members_of(member: dict[str, Any]) -> Iterator[str]:
+    """Of an object: its keys, or what a key of any name may hold."""
+    yield from (f"{name}: ..." for name in member.get("properties", ()))
+    if isinstance(inner := member.get("additionalProperties"), dict):
+        yield f"NAME: {' or '.join(_words(inner))}, ..."
 
 
 def _list(member: dict[str, Any]) -> str:

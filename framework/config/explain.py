@@ -214,6 +214,8 @@ def _line(
     if detail["type"].startswith("union_tag"):  # a part of the tree whose choice is not known
         tag = detail["ctx"]["discriminator"].strip("'")
         where, value = (*where, tag), value.get(tag) if isinstance(value, dict) else None
+    if key not in names.schema_keys() and _dotted(where[:-1]) in names.schema_keys() and not in_list:
+        where, key = where[:-1], _dotted(where[:-1])  # within a mapping, which is typed as a whole
     expected, allowed = describe.expected(where)
     text = f"{_origin(key, value, None, places)}: got {_quoted(value)}; expected {expected}"
     if detail["type"].startswith("union_tag"):

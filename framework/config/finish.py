@@ -95,8 +95,7 @@ class Protection:
             watch.measure()
             tracker.log("retain", watch.line(), step=step)
             if isinstance(watch.decide, Steering):
-                found = watch.latest, watch.noise, watch.divergences
-                kind, line = watch.decide.judge(*found, share=share)
+                kind, line = watch.decide.judge(watch.found, share=share)
                 tracker.log(kind, line, step=step)
         return replace(result, metrics=metrics), told
 
@@ -119,7 +118,7 @@ class Protection:
             tracker.log("interpolate", {"x": x, **found}, step=step)
             if watch is None or not isinstance(watch.decide, Steering):
                 return True
-            return watch.decide.keeps(watch.latest, watch.noise, watch.divergences)
+            return watch.decide.keeps(watch.found)
 
         if asked == "budget":
             best = largest(look)

@@ -14,9 +14,9 @@ from framework.config.build import Inspected, Prepared
 from framework.config.nodes import Lora
 from framework.config.schema import Run
 from framework.config.stage import Hf, RewardFunction
-from framework.data.prompts import Prompts
+from framework.data.prompts import Prompts, PromptTable
 from framework.models import load, nf4
-from framework.rollout.assess import Assessor
+from framework.rollout.assess import Assessment, Assessor
 from framework.rollout.base import CRITIC, Completion, Prompt, Rollout, Sampling
 from framework.rollout.experience import Packing
 from framework.rollout.hf import HfRollout
@@ -123,26 +123,12 @@ def build_reward(inspected: Inspected, world: World, packing: Packing) -> Reward
 def build_assess(prepared: Prepared, world: World, engine: Engine, rollout: Rollout) -> Assess:
     """Answers the run's questions with the weights of the moment, greedily, and has them judged."""
     run = prepared.run
-    score = run.evaluate.score
-    functions: Sequence[RewardFunction] = run.reward.judging if score is None else (score,)
-    judge = _judge(run, functions, world)
-    decisive = (f.called for f in functions if f.only_exact or f is run.reward.environment)
-    verifier = next(decisive, functions[0].called)
-    sampling = Sampling(max_new_tokens=run.rollout.max_new_tokens, temperature=0.0, seed=run.seed)
-    decode = partial(prepared.description.tokenizer.decode, skip_special_tokens=True)
+    questions = _Asking(run, world, run.evaluate.score)
     assessors: dict[str, Callable[[], Any]] = {}
     for table in prepared.questions:
         count = min(len(table), run.evaluate.max_examples or len(table))
-        asked = Prompts([table], seed=run.seed, shuffle=False).take(0, count)
-        assessors[table.name] = Assessor(
-            rollout,
-            [Prompt(**vars(prompt)) for prompt in asked],
-            judge,
-            sampling,
-            decode=decode,
-            verifier=verifier,
-            shown=run.evaluate.samples,
-        )
+        prompts = asked(table, count, seed=run.seed)
+        assessors[table.name] = questions.assessor(prepared, rollout, prompts, shown=run.evaluate.samples)
 
     def assess(step: int) -> tuple[Mapping[str, float], Sequence[Report]]:
         rollout.update(engine.weights(without=CRITIC), version=step)
@@ -156,6 +142,53 @@ def build_assess(prepared: Prepared, world: World, engine: Engine, rollout: Roll
         return metrics, lines
 
     return assess
+
+
+def build_ask(
+    prepared: Prepared, world: World, rollout: Rollout
+) -> tuple[Callable[[Sequence[Prompt]], Assessment], dict[str, Any]]:
+    """(what answers `retain.prompts` and has them judged, what decides about right and wrong; JSON)."""
+    run = prepared.run
+    asking = _Asking(run, world, run.retain.score or run.evaluate.score)
+    return lambda prompts: asking.assessor(prepared, rollout, prompts, shown=0)(), asking.identity
+
+
+def asked(table: PromptTable, count: int, *, seed: int) -> list[Prompt]:
+    """The first `count` prompts of a table."""
+    found = Prompts([table], seed=seed, shuffle=False).take(0, count)
+    return [Prompt(**vars(prompt)) for prompt in found]
+
+
+class _Asking:
+    """How questions are answered, greedily, and judged: by `score`, else by the functions of `reward`."""
+
+    def __init__(self, run: Run, world: World, score: RewardFunction | None) -> None:
+        self.functions: Sequence[RewardFunction] = run.reward.judging if score is None else (score,)
+        self.judge = _judge(run, self.functions, world)
+        decisive = (f.called for f in self.functions if f.only_exact or f is run.reward.environment)
+        self.verifier = next(decisive, self.functions[0].called)
+        self.sampling = Sampling(max_new_tokens=run.rollout.max_new_tokens, temperature=0.0, seed=run.seed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides about right and wrong; JSON."""
+        functions = [function.model_dump(mode="json") for function in self.functions]
+        return {"functions": functions, "max_new_tokens": self.sampling.max_new_tokens}
+
+    def assessor(
+        self, prepared: Prepared, rollout: Rollout, prompts: Sequence[Prompt], *, shown: int
+    ) -> Assessor:
+        """What answers and judges `prompts` whenever it is called."""
+        decode = partial(prepared.description.tokenizer.decode, skip_special_tokens=True)
+        return Assessor(
+            rollout,
+            prompts,
+            self.judge,
+            self.sampling,
+            decode=decode,
+            verifier=self.verifier,
+            shown=shown,
+        )
 
 
 def _judge(run: Run, functions: Sequence[RewardFunction], world: World) -> Judge:

@@ -243,6 +243,9 @@ class Retain(Node):
     every: Positive | None
     rows: Annotated[int, Field(ge=2)] | None
     cost: Annotated[float, Field(gt=0, lt=1)]
+    prompts: tuple[Source, ...]
+    score: RewardFunction | None
+    ask_every: Positive
 
 
 class Checkpoint(Node):

@@ -71,6 +71,13 @@ TABLE = (
         lambda run, device: run.adapter.kind == "dora" and bool(run.evaluate.prompts),
     ),
     Row(
+        "adapter, retain.prompts",
+        "answers to be written while training, by a copy into which DoRA's lengths are not merged",
+        "another adapter",
+        "adapter=lora",
+        lambda run, device: run.adapter.kind == "dora" and bool(run.retain.prompts),
+    ),
+    Row(
         "adapter, stage.reference",
         "a copy of the model in full as the start of what is held in 4 bits",
         "the policy without its adapter",

@@ -296,7 +296,8 @@ def _attention(inspected: Inspected, device: torch.device, length: int) -> str:
 def _rollout(inspected: Inspected, model: _Model) -> int:
     """Bytes of a copy of the policy that answers."""
     run = inspected.run
-    if not (writes(run.stage) or run.evaluate.prompts) or not isinstance(run.rollout, Hf):
+    asked = run.evaluate.prompts or run.retain.prompts
+    if not (writes(run.stage) or asked) or not isinstance(run.rollout, Hf):
         return 0
     policy = model.parameters["total"]
     if inspected.critic is not None:

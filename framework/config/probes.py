@@ -1,17 +1,19 @@
 """What is watched for forgetting, before a weight is read: rows of which texts, how often, at what cost.
 
 Built-in rows that a tokenizer or `data.max_length` cannot take, and those that are trained on, are left out
-and counted. A row of the user's that is trained on is refused.
+and counted. A row or question of the user's that is trained on is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from framework.config.names import nearest
 from framework.config.schema import Run
 from framework.config.stage import ONLINE
 from framework.data import cache, leaks, probing, templates
@@ -20,6 +22,7 @@ from framework.data.prompts import PromptTable
 from framework.data.sources import Source
 from framework.data.tables import Table
 from framework.errors import ConfigError, DataError, UserError
+from framework.rollout.intervals import fall, questions_needed
 from framework.train.retain import FEWEST, Cadence
 
 MOST_ROWS, LEAST_ROWS = 256, 8  # of a stratum, where `retain.rows` leaves it open
@@ -57,6 +60,8 @@ class Probes:
     cost: float  # share of the run's computation, estimated from tokens
     left_out: Mapping[str, int]  # built-in rows by reason
     budgeted: tuple[str, ...]  # strata that a budget of forgetting binds
+    asked: Mapping[str, int]  # questions by stratum
+    doubts: tuple[str, ...] = ()  # why a budget cannot be kept, whatever is trained
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -66,11 +71,14 @@ class Probes:
 
     def told(self) -> str:
         """For people."""
-        kinds = ", ".join(f"{stratum.name} {len(stratum.rows)}" for stratum in self.strata)
+        kinds = ", ".join(f"{stratum.name} {len(stratum.rows)}" for stratum in self.strata) or "no"
         text = (
             f"retention is measured on {kinds} rows, {self.cadence.looks()} times, every "
             f"{self.cadence.every} steps: about {self.cost:.2g} of the computation"
         )
+        if self.asked:
+            asked = ", ".join(f"{name} {count}" for name, count in self.asked.items())
+            text += f", and besides by answers to the questions {asked}"
         if self.left_out:
             out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
             text += f"; of the built-in rows left out: {out}"
@@ -83,13 +91,14 @@ def prepare(
     trained: Sequence[Table],
     steps: int,
     reading: Mapping[str, Any],
+    questions: Sequence[PromptTable] = (),
 ) -> Probes | None:
     """The strata of `given` (the user's) and the built-in ones; None where nothing is to be watched.
 
-    `trained` are all tables that are learnt from or replayed, `reading` is how tables are made of sources.
-    Raises DataError for a row of the user's that is trained on.
+    `trained` are all tables that are learnt from or replayed, `reading` is how tables are made of sources,
+    `questions` are asked besides. Raises DataError for a row or question of the user's that is trained on.
     """
-    if run.stage.name == "reward" or not (given or run.retain.builtin):
+    if run.stage.name == "reward" or not (given or run.retain.builtin or questions):
         return None  # a reward model writes nothing, so it has nothing to forget of that
     left_out: Counter[str] = Counter()
     found: dict[str, Watched] = {}
@@ -111,16 +120,64 @@ def prepare(
             if leaked := leaking(table, first, other):
                 _refuse(table, other, leaked[0])
         found[table.name] = Watched(table.name, table, tuple(first))
+    for table in questions:
+        for other in trained:
+            if leaked := leaking(table, range(len(table)), other):
+                _refuse(table, other, leaked[0])
     left_out += Counter()  # without zeros
-    if not found:
+    asked = {table.name: len(table) for table in questions}
+    if not (found or asked):
         return None
-    budgeted = run.replay.strata or tuple(table.name for table in given) or tuple(found)
-    if missing := [name for name in budgeted if name not in found]:
+    strata = list(found.values())
+    return replace(
+        _afford(run, strata, steps, _tokens_per_step(run, trained), left_out),
+        budgeted=_budgeted(run, tuple(table.name for table in given) or tuple(found), found, asked),
+        asked=asked,
+        doubts=tuple(_doubts(run, asked)),
+    )
+
+
+def _budgeted(
+    run: Run, usual: tuple[str, ...], found: Mapping[str, Watched], asked: Mapping[str, int]
+) -> tuple[str, ...]:
+    """The strata that a budget binds: those that are named, else `usual` ones, or all that are asked.
+
+    Raises ConfigError for a name that is not watched in the unit of the budget.
+    """
+    by_answers = run.replay.unit == "accuracy"
+    known = tuple(asked if by_answers else found)
+    if not known:  # no built-in row can be read, and nothing else is watched but questions
+        return ()
+    bound = run.replay.bound or (known if by_answers else usual)
+    if missing := [name for name in bound if name not in known]:
+        close = nearest(missing[0], known) or known[0]
+        each = run.replay.max_forgetting
+        key, type_this = "replay.strata", f"[{close}]"
+        if isinstance(each, dict):
+            key, type_this = "replay.max_forgetting", f"{{{close}: {each[missing[0]]:g}}}"
+        what = "no questions of the name" if by_answers else "no text of the name"
         raise ConfigError(
-            f"replay.strata: no text of the name {missing[0]} is watched; expected some of "
-            f"{', '.join(found)}; type 'replay.strata=[{next(iter(found))}]'"
+            f"{key}: {what} {missing[0]} {'are asked' if by_answers else 'is watched'}; expected some of "
+            f"{', '.join(known)}; type '{key}={type_this}'"
         )
-    return _afford(run, list(found.values()), steps, _tokens_per_step(run, trained), left_out, budgeted)
+    return bound
+
+
+def _doubts(run: Run, asked: Mapping[str, int]) -> Iterator[str]:
+    """Budgets of accuracy that so many questions cannot resolve, even where none of them is lost."""
+    given = run.replay.max_forgetting
+    if given is None or run.replay.unit != "accuracy":
+        return
+    for name in run.replay.bound or asked:
+        budget = given[name] if isinstance(given, dict) else given
+        least = fall(0, 0, asked[name]).high
+        if least > budget:
+            yield (
+                f"a budget of {100 * budget:.3g} points of accuracy cannot be resolved on {name}: its "
+                f"{asked[name]} questions leave up to {100 * least:.3g} points open where none is lost; "
+                f"expected {questions_needed(budget)} at least; give retain.prompts as many, or type "
+                f"replay.max_forgetting={math.ceil(1000 * least) / 1000:g}"
+            )
 
 
 def _built_in(run: Run, reading: Mapping[str, Any], left_out: Counter[str]) -> list[Table]:
@@ -160,7 +217,7 @@ def _readable(table: Table, tokenizer: Any, left_out: Counter[str]) -> list[int]
 
 def _refuse(table: Table, other: Table, leak: leaks.Leak) -> None:
     raise DataError(
-        f"this row is trained on, too, as {other.where(leak.trained)} ({other.name}), so its loss would say "
+        f"this row is trained on, too, as {other.where(leak.trained)} ({other.name}), so it would say "
         "nothing of what is forgotten; expected rows that are not learnt; leave it out here or there",
         path=table.where(leak.probe),
     )
@@ -181,15 +238,16 @@ def _afford(
     steps: int,
     tokens_per_step: float,
     left_out: Mapping[str, int],
-    budgeted: tuple[str, ...],
 ) -> Probes:
     """As many rows and looks as `retain.cost` pays for; first looks are given up, then rows.
 
     A budget needs them all: it is held by what is measured, whatever that costs.
     """
+    bound = run.replay.max_forgetting is not None
+    if not strata:  # questions alone
+        return Probes((), _cadence(run, steps, 2 * SPREAD), 0.0, left_out, (), {})
     work = FORWARDS * tokens_per_step * steps
     most = max(len(stratum.rows) for stratum in strata)
-    bound = run.replay.max_forgetting is not None
     if run.retain.rows is not None:
         options = [run.retain.rows]
     else:
@@ -205,7 +263,7 @@ def _afford(
     looks = passes - 1  # the start model is scored twice
     cadence = _cadence(run, steps, max(looks, 2 * SPREAD) if bound else looks)
     cost = (cadence.looks() + 1) * sum(stratum.tokens for stratum in chosen) / work
-    return Probes(chosen, cadence, cost, left_out, budgeted)
+    return Probes(chosen, cadence, cost, left_out, (), {})
 
 
 def _cadence(run: Run, steps: int, affordable: float) -> Cadence:

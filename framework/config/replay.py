@@ -25,8 +25,8 @@ class Replay(Node):
     sequences: Positive | None
     objective: Literal["text", "start"]
     likeliest: Positive
-    max_forgetting: Annotated[float, Field(gt=0)] | None
-    unit: Literal["relative_loss", "kl"]
+    max_forgetting: Annotated[float, Field(gt=0)] | Annotated[dict[Text, float], Field(min_length=1)] | None
+    unit: Literal["relative_loss", "kl", "accuracy"]
     most: Annotated[float, Field(gt=0)] | None
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
     carry: Text | None  # auto, or the directory of a run
@@ -44,6 +44,17 @@ class Replay(Node):
         unset = dict.fromkeys(("scale", "sequences", "max_forgetting", "most", "strata"))
         plain = {"sources": (), "fraction": 0.0, "scale_by": "raw", "objective": "text"}
         return self.model_copy(update={**plain, **unset})
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Of all kinds of text together, or of each by itself; none without a budget."""
+        given = self.max_forgetting
+        return tuple(given.values()) if isinstance(given, dict) else () if given is None else (given,)
+
+    @property
+    def bound(self) -> tuple[str, ...] | None:
+        """The kinds of text that are named as bound by a budget; None where none is."""
+        return tuple(self.max_forgetting) if isinstance(self.max_forgetting, dict) else self.strata
 
     @property
     def start(self) -> float:
@@ -71,6 +82,33 @@ class Replay(Node):
                 f"{self.start:g} to begin with and {given} at most",
                 "a start above 0 and at most replay.most" + (", below 1" if self.scale is None else ""),
                 f"{key}={self.start or 0.1:g} replay.most={most:g}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        named = self.max_forgetting if isinstance(self.max_forgetting, dict) else {}
+        for name, budget in named.items():
+            if budget <= 0:
+                raise refuse(
+                    "replay.max_forgetting",
+                    f"{budget:g} for {name}",
+                    "a number > 0 for each kind of text",
+                    f"'replay.max_forgetting={{{name}: 0.01}}'",
+                )
+        if named and self.strata is not None:
+            raise refuse(
+                "replay.max_forgetting, replay.strata",
+                "budgets by kind of text, and kinds of text beside them",
+                "the kinds that are bound by name once",
+                "replay.strata=null",
+            )
+        if self.unit == "accuracy" and (over := [budget for budget in self.budgets if budget >= 1]):
+            raise refuse(
+                "replay.max_forgetting, replay.unit",
+                f"{over[0]:g} of all right answers to be lost",
+                "a share between 0 and 1",
+                "replay.max_forgetting=0.02 for two points of accuracy",
             )
         return self
 
@@ -138,7 +176,15 @@ class Replay(Node):
 
 def check(run: Run) -> None:
     """Replay is mixed into supervised data and a term of its own beside any other."""
-    watched = run.retain.builtin or run.evaluate.retention
+    by_answers = run.replay.unit == "accuracy"
+    if run.replay.max_forgetting is not None and by_answers and not run.retain.prompts:
+        raise refuse(
+            "replay.unit, retain.prompts",
+            "a budget of accuracy and no questions to answer",
+            "questions that the start model answers right",
+            "'retain.prompts=[{path: questions.jsonl}]' or replay.unit=relative_loss",
+        )
+    watched = run.retain.builtin or run.evaluate.retention or by_answers
     held = run.replay.fed or run.protect.chosen
     if run.replay.max_forgetting is not None and not (watched and held):
         raise refuse(

@@ -13,8 +13,10 @@ from framework.batch import Batch
 from framework.config import build
 from framework.config.build import Prepared
 from framework.config.probes import Probes
+from framework.config.questions import build_questions
 from framework.config.steering import Steering
 from framework.data import cache, collate, pack
+from framework.rollout.base import Rollout
 from framework.stages.against import AgainstStart
 from framework.strategy.base import Engine, World
 from framework.train.retain import Probe, Retention, Stratum, relative
@@ -22,8 +24,13 @@ from framework.train.retain import Probe, Retention, Stratum, relative
 MICRO_TOKENS = 2048  # of the probe at once: small, so that there is some for every rank
 
 
-def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) -> Retention | None:
-    """What watches the run, and steers `stage` where a budget was set; None where nothing is watched."""
+def build_watch(
+    prepared: Prepared, world: World, engine: Engine, stage: Any, rollout: Rollout | None = None
+) -> Retention | None:
+    """What watches the run, and steers `stage` where a budget was set; None where nothing is watched.
+
+    `rollout` answers questions, where there are any.
+    """
     probes = prepared.probes
     if probes is None:
         return None
@@ -44,19 +51,22 @@ def build_watch(prepared: Prepared, world: World, engine: Engine, stage: Any) ->
     )
     told = [("event", {"message": probes.told()})]
     decide = None
-    if prepared.run.replay.max_forgetting is not None:
+    if prepared.run.replay.max_forgetting is not None and probes.budgeted:
         replay = prepared.run.replay
         steer = stage.steer if replay.sources else None
         rate = build.learning_rate(prepared)
         decide = Steering(replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate)
     objective = AgainstStart(vocabulary=prepared.description.vocab_size)
-    return Retention(engine, probe, objective, probes.cadence, decide=decide, told=told)
+    questions = build_questions(prepared, world, engine, rollout)
+    return Retention(engine, probe, objective, probes.cadence, questions=questions, decide=decide, told=told)
 
 
 def _micros(prepared: Prepared, probes: Probes, world: World, *, tokens_per_micro: int) -> Sequence[Batch]:
     """This rank's part of all strata's rows, numbered through."""
     packing, pad_id = prepared.run.data.packing, prepared.description.pad_id
     examples = [stratum.table.example(row) for stratum in probes.strata for row in stratum.rows]
+    if not examples:
+        return []
     lengths = [len(ids) for ids, _ in examples]
     (cut,) = pack.plan(lengths, tokens_per_micro=tokens_per_micro, ranks=1, packing=packing)
     cut += [[] for _ in range(-len(cut) % world.size)]
@@ -86,4 +96,9 @@ def summary(watch: Retention | None) -> dict[str, Any]:
         for name, found in watch.latest.items()
     }
     judged = watch.decide.judged if isinstance(watch.decide, Steering) else {}
-    return {"retention": retained, **({"budget": judged} if judged else {})}
+    answered = {name: {**vars(fall), "fall": fall.change} for name, fall in watch.falls.items()}
+    return {
+        "retention": retained,
+        **({"answers": answered} if answered else {}),
+        **({"budget": judged} if judged else {}),
+    }

@@ -129,6 +129,7 @@ class Run(Node):
                 "a function of an answer and its row",
                 "reward=verifier or 'evaluate.score={_target_: my_package.my_module.my_score}'",
             )
+        self._asked()
         if self.model.neftune_alpha is not None and self.stage.name != "sft":
             raise refuse(
                 "model.neftune_alpha, stage.name",
@@ -161,6 +162,25 @@ class Run(Node):
                 f"batch.sequences={world_size}",
             )
         return self
+
+    def _asked(self) -> None:
+        """What questions about retention need of the rest of the tree."""
+        if not self.retain.prompts:
+            return
+        if self.stage.name == "reward":
+            raise refuse(
+                "retain.prompts, stage.name",
+                "questions to a reward model, which writes no answer",
+                "none",
+                "retain.prompts=[]",
+            )
+        if not (self.reward.judging or self.evaluate.score or self.retain.score):
+            raise refuse(
+                "retain.prompts, retain.score",
+                "questions to answer, and nothing that says what an answer is worth",
+                "a function of an answer and its row",
+                "'retain.score={_target_: framework.rollout.rewards.exact}' or reward=verifier",
+            )
 
     def _fed(self) -> None:
         """Either sources or an environment to learn from."""
@@ -276,6 +296,8 @@ class Run(Node):
         if self.replay.max_forgetting is not None:  # then what is watched decides what is replayed
             tree["retain"] = self.retain.model_dump(mode="json")
             tree["retention"] = [source.model_dump(mode="json") for source in self.evaluate.retention]
+            if self.retain.prompts and self.retain.score is None and self.evaluate.score is not None:
+                tree["score"] = self.evaluate.score.model_dump(mode="json")
         if self.synthesised:
             tree["synthesis"] = self.synthesis.model_dump(mode="json", exclude={"batch_size"})
         return tree

@@ -72,6 +72,7 @@ def _absolute(run: Run) -> Run:
             "strategy": run.strategy.model_copy(update=strategy),
             "evaluate": run.evaluate.model_copy(update=evaluate),
             "data": run.data.model_copy(update=data),
+            "retain": run.retain.model_copy(update={"prompts": sources(run.retain.prompts)}),
             "protect": run.protect.model_copy(update={"sources": sources(run.protect.sources)}),
             "replay": run.replay.model_copy(update=replay),
         }

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from framework.config.replay import Replay
+from framework.rollout import intervals
 from framework.strategy.base import World
 from framework.train.budget import Controller, Decision, Reading, Rules, Verdict, resolvable
-from framework.train.retain import Change, relative
+from framework.train.retain import Found, relative
 from framework.train.trainer import Report
 
 LEAST_RATE = 0.1  # of the highest: what is forgotten hardly depends on smaller ones
@@ -19,8 +20,9 @@ NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
 class Steering:
     """Acts on each look of `train.retain.Retention`: moves replay, says so, and judges at the end.
 
-    `names` are the kinds of text that the budget binds, `steer` sets the amount of replay; None where nothing
-    is replayed, and the budget is judged only. `rate` is the learning rate of each step; None where it does
+    `names` are the kinds of text that a budget binds, one for all or each its own; the controller is told
+    parts of it. `steer` sets the amount of replay; None where nothing is replayed, and the budget is judged
+    only. `rate` is the learning rate of each step; None where it does
     not change. Decided on rank 0 and broadcast, state and all, so that no rank can differ.
     """
 
@@ -36,37 +38,33 @@ class Steering:
     ) -> None:
         assert asked.max_forgetting is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
-        budget = math.log1p(asked.max_forgetting) if asked.unit == "relative_loss" else asked.max_forgetting
+        given = asked.max_forgetting
+        budgets = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+        self.budgets = {name: self._inside(budgets[name]) for name in names}
         start, most = (1.0, 1.0) if steer is None else (asked.start, asked.most or asked.start)
         falls = _falls(rate, steps) if rate is not None else _stays
-        self.controller = Controller(Rules(budget=budget, start=start, most=most, rate=falls))
+        self.controller = Controller(Rules(budget=1.0, start=start, most=most, rate=falls))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}
 
-    def __call__(
-        self,
-        step: int,
-        changes: Mapping[str, Change],
-        noise: Mapping[str, float],
-        divergences: Mapping[str, Change],
-    ) -> tuple[dict[str, float], list[Report]]:
+    def __call__(self, step: int, found: Found) -> tuple[dict[str, float], list[Report]]:
         """(metrics, lines) of a look after `step` steps. Collective."""
-        readings = self._readings(changes, noise, divergences)
+        readings = self._readings(found)
         self.spent += self.controller.state.amount * (step - self.since)
         self.since = step
         metrics = {"replay/share" if self._mixed else "replay/coefficient": self.controller.state.amount}
         if self.steer is None:
             metrics = {}
         if step == 0:  # nothing was trained, so nothing can be forgotten yet
-            return metrics, self._doubts(readings)
+            return metrics, self._doubts(readings, found)
         if step == self.steps:
-            return metrics, [self._judge(readings)]
-        if self.steer is None:
+            return metrics, [self._judge(found)]
+        if self.steer is None or not readings:  # no question was asked
             return metrics, []
         mine = None
         if self.world.rank == 0:
-            decided = self.controller.decide(readings, progress=step / self.steps)
+            decided = self.controller.decide(self._parts(readings), progress=step / self.steps)
             mine = {"state": self.controller.state_dict(), "decision": vars(decided)}
         told = self.world.broadcast(mine)
         self.controller.load(told["state"])
@@ -83,44 +81,46 @@ class Steering:
             lines.append(("event", {"message": message}))
         return metrics, lines
 
-    def keeps(
-        self, changes: Mapping[str, Change], noise: Mapping[str, float], divergences: Mapping[str, Change]
-    ) -> bool:
+    def keeps(self, found: Found) -> bool:
         """Whether what was measured is within the budget. Alike on all ranks, as the measurements are."""
-        return self.controller.verdict(self._readings(changes, noise, divergences)).status == "kept"
+        return self.controller.verdict(self._parts(self._readings(found))).status == "kept"
 
-    def judge(
-        self,
-        changes: Mapping[str, Change],
-        noise: Mapping[str, float],
-        divergences: Mapping[str, Change],
-        *,
-        share: float,
-    ) -> Report:
+    def judge(self, found: Found, *, share: float) -> Report:
         """The verdict on what is handed out in the place of the last weights, at `share` of the way."""
         before = self.judged.get("message", "nothing was said")
-        readings = self._readings(changes, noise, divergences)
-        kind, judged = self._judge(readings)
+        readings = self._readings(found)
+        kind, judged = self._judge(found)
         if share < 1 and judged["verdict"] == "kept":
             self.judged["verdict"] = "kept by interpolation"
             self.judged["message"] = (
-                f"forgetting budget of {self._asked} kept by interpolating with the start weights by "
+                f"{self._budget} kept by interpolating with the start weights by "
                 f"{share:.4g}: {self._worst(judged['binding'], readings)}. Without: {before}"
             )
         self.judged["interpolated"] = share
         return kind, self.judged
 
-    def _readings(
-        self, changes: Mapping[str, Change], noise: Mapping[str, float], divergences: Mapping[str, Change]
-    ) -> dict[str, Reading]:
-        """Of the bound kinds of text, in the unit of the budget."""
-        by_kl = self.asked.unit == "kl"
-        found = divergences if by_kl else changes
+    def _readings(self, found: Found) -> dict[str, Reading]:
+        """Of the bound kinds of text, in the unit of the budget; none where questions were not asked."""
+        unit = self.asked.unit
+        if unit == "accuracy" and not found.falls:
+            return {}
         readings = dict.fromkeys(self.names, NOTHING)  # of rows that the start model cannot score
-        for name in found.keys() & readings.keys():
-            one = found[name]
-            readings[name] = Reading(one.change, one.high, 0.0 if by_kl else noise[name], one.rows)
-        return readings
+        if unit == "accuracy":
+            known = {
+                name: Reading(one.change, one.high, one.noise, one.questions)
+                for name, one in found.falls.items()
+            }
+        elif unit == "kl":
+            known = {n: Reading(one.change, one.high, 0.0, one.rows) for n, one in found.divergences.items()}
+        else:
+            known = {
+                name: Reading(one.change, one.high, found.noise[name], one.rows)
+                for name, one in found.changes.items()
+            }
+        return readings | {name: known[name] for name in known.keys() & readings.keys()}
+
+    def _parts(self, readings: Mapping[str, Reading]) -> dict[str, Reading]:
+        return {name: reading.over(self.budgets[name]) for name, reading in readings.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """To go on from exactly; JSON."""
@@ -147,69 +147,82 @@ class Steering:
             return "nothing is forgotten"
         return f"{name} has forgotten up to {self._shown(readings[name].high)}"
 
-    def _shown(self, nats: float) -> str:
-        """A change of loss as people read it, or a divergence."""
-        return f"{relative(nats):.2%}" if self.asked.unit == "relative_loss" else f"{nats:.4g} nats of KL"
+    def _inside(self, budget: float) -> float:
+        """A budget as given, in the unit of readings."""
+        return math.log1p(budget) if self.asked.unit == "relative_loss" else budget
+
+    def _outside(self, value: float) -> float:
+        """What was read, as it is given."""
+        return relative(value) if self.asked.unit == "relative_loss" else value
+
+    def _shown(self, value: float) -> str:
+        """A change as people read it."""
+        if self.asked.unit == "accuracy":
+            return f"{100 * value:.2f} points of accuracy"
+        return f"{relative(value):.2%}" if self.asked.unit == "relative_loss" else f"{value:.4g} nats of KL"
 
     @property
-    def _asked(self) -> str:
-        return self._shown(self.controller.rules.budget)
+    def _budget(self) -> str:
+        """What was asked for, in words."""
+        if isinstance(self.asked.max_forgetting, Mapping):
+            each = ", ".join(f"{self._shown(budget)} on {name}" for name, budget in self.budgets.items())
+            return f"forgetting budget of {each}"
+        return f"forgetting budget of {self._shown(next(iter(self.budgets.values())))}"
 
     def _moved(self, decision: Decision, readings: Mapping[str, Reading]) -> str:
         word = "up" if decision.amount > decision.before else "down"
         return (
             f"{self._word()} goes {word} from {self._amount(decision.before)} to "
             f"{self._amount(decision.amount)}: {self._worst(decision.binding, readings)}, the budget is "
-            f"{self._asked}"
+            f"{self._shown(self.budgets[decision.binding or self.names[0]])}"
         )
 
-    def _doubts(self, readings: Mapping[str, Reading]) -> list[Report]:
+    def _doubts(self, readings: Mapping[str, Reading], found: Found) -> list[Report]:
         """Budgets that the probe cannot resolve, before anything is trained."""
         lines: list[Report] = []
         for name, reading in readings.items():
-            if not resolvable(reading.rows):
+            budget = self.budgets[name]
+            if self.asked.unit != "accuracy" and not resolvable(reading.rows):
                 why = f"{reading.rows} rows bound no change by less than itself; expected 7, best hundreds"
-            elif reading.noise >= self.controller.rules.budget:
+            elif reading.noise >= budget:
                 why = f"the start model measured twice differs by {self._shown(reading.noise)} on it"
+            elif self.asked.unit == "accuracy" and not found.falls[name].right > 0:
+                why = "the start model answers none of its questions right, so it has none to forget"
             else:
                 continue
-            message = f"a budget of {self._asked} cannot be resolved on {name}: {why}"
+            message = f"a budget of {self._shown(budget)} cannot be resolved on {name}: {why}"
             lines.append(("event", {"message": message}))
         return lines
 
-    def _judge(self, readings: Mapping[str, Reading]) -> Report:
-        verdict = self.controller.verdict(readings)
+    def _judge(self, found: Found) -> Report:
+        readings = self._readings(found)
+        verdict = self.controller.verdict(self._parts(readings))
         mean = self.spent / max(self.steps, 1)
+        name = verdict.binding
+        high = -math.inf if name is None else readings[name].high
+        given = self.asked.max_forgetting
         self.judged = {
             "verdict": verdict.status,
-            "binding": verdict.binding,
-            "forgotten": relative(verdict.high) if self.asked.unit == "relative_loss" else verdict.high,
-            "budget": self.asked.max_forgetting,
+            "binding": name,
+            "forgotten": self._outside(high if math.isfinite(high) or name is None else math.inf),
+            "budget": given.get(name or self.names[0]) if isinstance(given, Mapping) else given,
             "unit": self.asked.unit,
             "mean_replay": mean if self.steer is not None else 0.0,
             "last_replay": self.controller.state.amount if self.steer is not None else 0.0,
-            "message": self._verdict(verdict, readings, mean),
+            "message": self._verdict(verdict, readings, mean, found),
         }
+        if isinstance(given, Mapping):
+            self.judged["budgets"] = dict(given)
         return "event", self.judged
 
-    def _verdict(self, verdict: Verdict, readings: Mapping[str, Reading], mean: float) -> str:
-        budget = f"forgetting budget of {self._asked}"
-        worst = self._worst(verdict.binding, readings)
+    def _verdict(self, verdict: Verdict, readings: Mapping[str, Reading], mean: float, found: Found) -> str:
+        budget, worst = self._budget, self._worst(verdict.binding, readings)
         used = f"with {self._word()} at {self._amount(mean)} on average"
         if verdict.status == "kept":
             return f"{budget} kept: {worst}" + (f", {used}" if self.steer is not None else "")
         assert verdict.binding is not None
-        reading = readings[verdict.binding]
         if verdict.status == "unresolvable":
-            half, room = reading.high - reading.change, self.controller.rules.budget - reading.change
-            enough = math.ceil(reading.rows * (half / room) ** 2) if math.isfinite(half) and room > 0 else 0
-            need = (
-                f"about {enough} rows of that kind in evaluate.retention would do" if enough else "more rows"
-            )
-            return (
-                f"{budget} not resolved: {verdict.binding} has changed by {self._shown(reading.change)}, "
-                f"which its {reading.rows} rows only bound by {self._shown(reading.high)}; {need}"
-            )
+            return f"{budget} not resolved: {self._needs(verdict.binding, readings, found)}"
         if self.steer is None:
             return f"{budget} infeasible: {worst}, and nothing was replayed. {self._advice()}"
         at = self.controller.state.amount
@@ -218,6 +231,25 @@ class Steering:
         else:
             reach = f"though {self._word()} reached its most, {self._amount(at)}"
         return f"{budget} infeasible: {worst}, {reach}. {self._advice()}"
+
+    def _needs(self, name: str, readings: Mapping[str, Reading], found: Found) -> str:
+        """What of a kind of text is not known, and what would do."""
+        reading = readings[name]
+        half, room = reading.high - reading.change, self.budgets[name] - reading.change
+        enough, what, where = 0, "rows", "evaluate.retention"
+        if self.asked.unit == "accuracy":
+            what, where = "questions", "retain.prompts"
+            fall, count = found.falls[name], max(reading.rows, 1)
+            if room > 0:  # where the same shares change sides
+                sides = fall.right_to_wrong / count, fall.wrong_to_right / count
+                enough = intervals.questions_needed(self.budgets[name], *sides)
+        elif math.isfinite(half) and room > 0:
+            enough = math.ceil(reading.rows * (half / room) ** 2)
+        need = f"about {enough} {what} of that kind in {where} would do" if enough else f"more {what}"
+        return (
+            f"{name} has changed by {self._shown(reading.change)}, which its {reading.rows} {what} only "
+            f"bound by {self._shown(reading.high)}; {need}"
+        )
 
     def _advice(self) -> str:
         return (

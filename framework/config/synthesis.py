@@ -53,6 +53,7 @@ def check(run: Run) -> None:
         "data.eval": run.data.eval,
         "evaluate.retention": run.evaluate.retention,
         "evaluate.prompts": run.evaluate.prompts,
+        "retain.prompts": run.retain.prompts,
     }
     if misplaced := [key for key, sources in given.items() if any(s.path == SELF for s in sources)]:
         raise refuse(

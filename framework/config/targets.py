@@ -76,6 +76,8 @@ def rewards(run: Run) -> None:
     wanted = [(f"reward.functions[{n}]", each) for n, each in enumerate(run.reward.functions)]
     if run.evaluate.score is not None:
         wanted.append(("evaluate.score", run.evaluate.score))
+    if run.retain.score is not None:
+        wanted.append(("retain.score", run.retain.score))
     for key, function in wanted:
         resolve(function, run.trusted_packages, key=key, supplied=SUPPLIED)
     environment(run)

@@ -62,7 +62,8 @@ def work(run: Run) -> int:
         if world.rank == 0:
             leaving.leave(prepared)
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
-        for said in (carrying.told(prepared), fp8.told(prepared)) if resume is None else ():
+        doubts = prepared.probes.doubts if prepared.probes is not None else ()
+        for said in (carrying.told(prepared), fp8.told(prepared), *doubts) if resume is None else ():
             if said is not None:
                 tracker.log("event", {"message": said}, step=0)
         status = "failed"
@@ -105,6 +106,7 @@ def agree(prepared: Prepared, world: World) -> None:
         *prepared.retention,
         *prepared.important,
         *prepared.questions,
+        *prepared.retain_questions,
     )
     by_rank = world.gather([(table.name, table.fingerprint) for table in tables])
     for rank, theirs in enumerate(by_rank):
@@ -240,12 +242,13 @@ def _train(
     protection = finish.Protection(prepared, world, engine, resumed=resume is not None)
     engine = protection.engine
     writing = writes(prepared.run.stage)
-    rollout = judging.build_rollout(prepared, world) if writing or prepared.questions else None
+    asked = prepared.questions or prepared.retain_questions
+    rollout = judging.build_rollout(prepared, world) if writing or asked else None
     assess = (
         judging.build_assess(prepared, world, engine, rollout) if rollout and prepared.questions else None
     )
     stage = stages.build_stage(prepared, world, engine, rollout)
-    watch = retention.build_watch(prepared, world, engine, stage)
+    watch = retention.build_watch(prepared, world, engine, stage, rollout)
     result = train(
         stage,
         engine,

@@ -1,7 +1,8 @@
 """Rows of a probe that are trained on: a measure of forgetting must not see what is being learnt.
 
 Two rows are the same when their tokens are, or when their texts are alike but for case, spaces, punctuation
-and marks of the chat template. Only rows of similar length are read, and what was found is kept in the cache.
+and marks of the chat template. Of a question what counts is whether it is asked. Only rows of similar length
+are read, and what was found is kept in the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from framework.data import cache
 from framework.data.answers import AnswerTable
+from framework.data.prompts import PromptTable
 from framework.data.tables import Table
 
 CHUNK = 1024  # rows decoded at once
@@ -35,7 +37,8 @@ def find(
 ) -> list[Leak]:
     """Every row of `probe` among `rows` that `trained` has, too, with the first place where it does.
 
-    The texts of a row of judged answers are its prompt with each of them.
+    The texts of a row of judged answers are its prompt with each of them. Where `probe` has questions they
+    are looked for among what `trained` asks: its prompts, and all that stands before an answer.
     """
     key = cache.fingerprint(
         {"version": 1, "probe": probe.fingerprint, "rows": list(rows), "trained": trained.fingerprint}
@@ -77,7 +80,8 @@ def _search(probe: Table, rows: Sequence[int], trained: Table, tokenizer: Any) -
                 found.setdefault(same, row)
         chunk.clear()
 
-    for row, ids in _candidates(trained, {len(ids) for ids in own}):
+    candidates = _asked(trained) if isinstance(probe, PromptTable) else _said(trained, set(map(len, own)))
+    for row, ids in candidates:
         chunk.append((row, np.ascontiguousarray(ids, dtype=own[0].dtype)))
         if len(chunk) == CHUNK:
             compare()
@@ -86,7 +90,21 @@ def _search(probe: Table, rows: Sequence[int], trained: Table, tokenizer: Any) -
     return [Leak(*pair) for pair in sorted(found.items())]
 
 
-def _candidates(table: Table, lengths: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+def _asked(table: Table) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, ids) of everything that is answered: a prompt, or a conversation up to where learning begins."""
+    for row in range(len(table)):
+        if isinstance(table, AnswerTable):
+            yield row, table.judged(row).prompt
+            continue
+        ids, trained = table.example(row)
+        if isinstance(table, PromptTable):
+            yield row, ids
+            continue
+        for begin in np.flatnonzero(trained[1:] & ~trained[:-1]) + 1:
+            yield row, ids[:begin]
+
+
+def _said(table: Table, lengths: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
     """(row, ids) of texts that are about as long as one of `lengths`."""
     if isinstance(table, AnswerTable):
         for row in range(len(table)):

@@ -69,8 +69,8 @@ class Loader:
 
         `stats`: tokens, sequences, micros (per rank), data_index and epoch (after the step),
         packing_efficiency (tokens over token budget), and what the kind counts: trained_tokens, and for
-        judged answers pairs, chosen_tokens or desirable. Tokens and what the kind counts come per source,
-        too, such as tokens/NAME.
+        judged answers pairs, chosen_tokens or desirable. Sequences, tokens and what the kind counts come per
+        source, too, such as tokens/NAME.
         """
         stop = self.index + self.sequences
         where = [(pick.source, pick.row) for pick in self.mixture.picks(self.index, stop)]
@@ -139,7 +139,6 @@ class Cut(NamedTuple):
         micros, extents, planned = self._micros(tables, where, kind)
         stats = {
             **_facts(tables, where, kind, extents),
-            "sequences": float(len(where)),
             "micros": float(len(micros)),
             "packing_efficiency": efficiency([e.tokens for e in extents], planned, self.tokens_per_micro),
         }
@@ -176,7 +175,8 @@ def _facts(tables: Sequence[Table], where: Where, kind: Kind, extents: Sequence[
     """Sums over all examples, and over those of each table under NAME/TABLE."""
     total: defaultdict[str, float] = defaultdict(float)
     for (source, row), extent in zip(where, extents, strict=True):
-        for name, value in {"tokens": float(extent.tokens), **kind.facts(tables, source, row)}.items():
+        counted = {"tokens": float(extent.tokens), "sequences": 1.0, **kind.facts(tables, source, row)}
+        for name, value in counted.items():
             total[name] += value
             total[f"{name}/{tables[source].name}"] += value
     names = [name for name in total if "/" not in name]

@@ -14,7 +14,7 @@ from framework.losses.items import Objective
 from framework.stages.base import Stage, Term
 from framework.stages.sft import Loader
 
-REPORTED = ("tokens", "trained_tokens")
+REPORTED = ("sequences", "tokens", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Rehearsal:
         self.scale = 0.0 if replay is None else replay.scale
 
     def next(self, step: int) -> Sequence[Term]:
-        """The stage's terms, then replay's, whose tokens are counted as replay's own."""
+        """The stage's terms, then replay's, whose examples are counted as replay's own, also by source."""
         terms = list(self.stage.next(step))
         if self.replay is not None:
             taken = self.replay.loader.next()
-            stats = {f"replay_{name}": taken.stats[name] for name in REPORTED}
+            stats = {f"replay_{n}": v for n, v in taken.stats.items() if n.partition("/")[0] in REPORTED}
             share = self.scale if self.replay.by_gradient else None
             terms.append(
                 Term(self.replay.objective, taken.micros, self.scale, share=share, name="replay", stats=stats)

@@ -13,11 +13,12 @@ from framework.track import parts
 from framework.track.chart import chart
 
 MEANS = {
-    "accuracy": ("at the end", "mean over the tasks (ACC)"),
-    "learning_accuracy": ("when learnt", "mean of each task after its own stage (LA)"),
-    "backward_transfer": ("since learnt", "mean change from then to the end (BWT)"),
-    "forgetting": ("forgotten", "mean fall from the best before (F)"),
+    "accuracy": ("at the end", "mean over the tasks", "ACC", ""),
+    "learning_accuracy": ("when learnt", "mean of each task after its own stage", "LA", ""),
+    "backward_transfer": ("since learnt", "mean change from then to the end", "BWT", "+"),
+    "forgetting": ("forgotten", "mean fall from the best before to the end", "F", "+"),
 }
+"""Mean -> what it is called, what it is, its name in the literature, and its sign: "+" is a difference."""
 
 
 def figures(chain: Mapping[str, Any]) -> str:
@@ -38,10 +39,10 @@ def _tiles(means: Mapping[str, Mapping[str, Any]]) -> str:
     tiles = []
     for measure, found in means.items():
         of = f" of {measure}" if len(means) > 1 else ""
-        for key, (label, note) in MEANS.items():
+        for key, (label, note, short, sign) in MEANS.items():
             if (value := found.get(key)) is not None:
-                sign = "+" if key in ("backward_transfer", "forgetting") else ""
-                tiles.append(parts.tile(f"{label}{of}", f"{value:{sign}.1%}", note))
+                text = _points(value) if sign else f"{value:.1%}"
+                tiles.append(parts.tile(f"{label}{of}", text, f"{note} ({short})"))
     return "".join(tiles)
 
 
@@ -55,15 +56,18 @@ def _matrix(stages: Sequence[str], tasks: Mapping[str, Mapping[str, Any]]) -> st
             f"<td>{_cell(value, interval, own=stage == task['learnt'])}</td>"
             for stage, value, interval in zip(stages, task["scores"], intervals, strict=True)
         )
-        forgotten = "" if task["forgetting"] is None else f"{task['forgetting']:+.1%}"
+        forgotten = "" if task["forgetting"] is None else _points(task["forgetting"])
+        about = f"{task['measure']} of {task['rows']} rows" if "rows" in task else task["measure"]
         rows.append(
-            f"<tr><td>{escape(name)} <small>{escape(task['measure'])}</small></td>{cells}<td>{forgotten}</td>"
+            f"<tr><td>{escape(name)} <small>{escape(about)}</small></td>{cells}<td>{forgotten}</td>"
             f"<td>{_flips(task)}</td></tr>"
         )
     note = (
-        "<p><small>In bold: after the stage that taught it. In brackets: 95 % intervals. Likelihood is the "
-        "geometric mean of the probability of the tokens to be said. Changed sides: right then wrong, wrong "
-        "then right, at the end, less what guessing explains where a chance level was given.</small></p>"
+        "<p><small>In bold: after the stage that taught it, or as it came in where none did; such a task is "
+        "in no mean. In brackets: 95 % intervals. Likelihood is the geometric mean of the probability of the "
+        "tokens to be said. Forgetting: from the best before the end to the end, below 0 where it ended "
+        "better than ever. Changed sides: right then wrong, wrong then right, at the end, less what guessing "
+        "explains where a chance level was given.</small></p>"
     )
     return (
         f'<table class="wide"><tr><th>task</th>{head}<th>forgetting</th><th>changed sides</th></tr>'
@@ -74,6 +78,11 @@ def _matrix(stages: Sequence[str], tasks: Mapping[str, Mapping[str, Any]]) -> st
 def _cell(value: float, interval: Sequence[float] | None, *, own: bool) -> str:
     text = f"<b>{value:.1%}</b>" if own else f"{value:.1%}"
     return text + (f" <small>[{interval[0]:.1%}, {interval[1]:.1%}]</small>" if interval else "")
+
+
+def _points(difference: float) -> str:
+    """A difference of two shares."""
+    return f"{100 * difference:+.1f} points"
 
 
 def _flips(task: Mapping[str, Any]) -> str:

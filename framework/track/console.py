@@ -101,7 +101,8 @@ class Console:
             self._print(f"train step {step}/{self._steps}  {line}")
 
     def _retained(self, metrics: Mapping[str, Any], step: int) -> None:
-        """How much perplexity on general text rose, kind by kind, and the upper end of its 95 % interval."""
+        """How much perplexity on general text rose and how many right answers were lost, kind by kind, with
+        the upper ends of their 95 % intervals."""
         now = time.monotonic()
         if step not in (0, self._steps) and now - self._retain_printed < self._every_s:
             return
@@ -112,7 +113,16 @@ class Console:
             f"(at most {float(metrics[f'{kind}/relative_high']):+.1%})"
             for kind in kinds
         )
-        self._print(f"retain step {step}  perplexity against the start: {', '.join(told)}", "bold")
+        if kinds:
+            self._print(f"retain step {step}  perplexity against the start: {', '.join(told)}", "bold")
+        asked = [key.removesuffix("/fall") for key in metrics if key.endswith("/fall")]
+        answered = (
+            f"{kind} {float(metrics[f'{kind}/right']):.1%} (fell by {float(metrics[f'{kind}/fall']):.1%}, "
+            f"at most {float(metrics[f'{kind}/fall_high']):.1%})"
+            for kind in asked
+        )
+        if asked:
+            self._print(f"retain step {step}  answered right: {', '.join(answered)}", "bold")
 
     def _rolled(self, metrics: Mapping[str, Any], step: int) -> None:
         """How good and how long the answers of an iteration were; the record has all of it."""

@@ -61,12 +61,14 @@ _RULES = {
 }
 """Kind of line -> (pattern of a whole key, section), the first that fits."""
 
-_SOURCE = re.compile("(loss|tokens|trained_tokens)/(.+)")
+_SOURCE = re.compile("(loss|(?:replay_)?(?:sequences|tokens|trained_tokens))/(.+)")
+
+_BY_SOURCE = ("tokens", "replay_tokens")  # what every source of a line has
 
 
 def placed(kind: str, metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line by their names on a page. No two of a line get one name."""
-    sources = {key.removeprefix("tokens/") for key in metrics if key.startswith("tokens/")}
+    sources = {name for what, _, name in (key.partition("/") for key in metrics) if what in _BY_SOURCE}
     found: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, int | float):

@@ -26,11 +26,11 @@ def figures(
     events: Sequence[Record],
     resumes: Sequence[float],
 ) -> str:
-    """Gain against forgetting, forgetting over time, replay where it was steered, the last look in numbers,
-    and whether a budget was kept; "" for a run that watched nothing.
+    """Gain against forgetting, forgetting and right answers over time, replay where it was steered, the last
+    look in numbers, and whether a budget was kept; "" for a run that watched nothing.
     """
-    kinds = strata(retained)
-    if not kinds:
+    kinds, asked = strata(retained), strata(retained, "/right")
+    if not kinds and not asked:
         return ""
     changes = {kind: _percent(parts.points(retained, f"{kind}/relative")) for kind in kinds}
     what, gains = gain(held_out, rollouts, train, set(kinds))
@@ -48,15 +48,20 @@ def figures(
             marks=resumes,
             from_zero=True,
         )
+        + chart(
+            "Answered right",
+            {kind: _percent(parts.points(retained, f"{kind}/right")) for kind in asked},
+            unit="% of the same questions",
+            marks=resumes,
+        )
         + chart("Replay", replay, unit="steered to keep the budget", marks=resumes, from_zero=True)
-        + _table(retained[-1], kinds)
+        + (_table(retained[-1], kinds) if kinds else "")
         + _verdict(events)
     )
 
 
-def strata(retained: Sequence[Record]) -> list[str]:
-    """Names of the kinds of text that were watched."""
-    ending = "/relative"
+def strata(retained: Sequence[Record], ending: str = "/relative") -> list[str]:
+    """Names of the kinds of text that were watched; with "/right" of those that were asked about."""
     names = (key for record in retained for key in record if key.endswith(ending))
     return list(dict.fromkeys(name.removesuffix(ending) for name in names))
 

@@ -56,6 +56,10 @@ class Reading:
         """The upper end; of a single row, which has none, what was measured."""
         return self.high if math.isfinite(self.high) else self.change
 
+    def over(self, budget: float) -> Reading:
+        """The same as parts of a budget, so that kinds of text with budgets of their own compare."""
+        return Reading(self.change / budget, self.high / budget, self.noise / budget, self.rows)
+
 
 def _steady(progress: float) -> float:
     """A learning rate that does not change."""

@@ -1,10 +1,10 @@
 """What a run has forgotten so far: the loss on general text against that of the model it started from.
 
 The start model is asked before training, and the loss that it gave each row is kept in the checkpoint; so
-nothing but the trained model is in memory, and a resumed run goes on with the same numbers. Its likeliest
-tokens, which KL(start || model) needs, are asked for again by a resumed run, which holds the start weights
-at first. Rows are added up in fp64 in one order and passes are cut alike whatever the world size: every rank
-decides alike.
+nothing but the trained model is in memory, and a resumed run goes on with the same numbers. So are its right
+and wrong answers, where questions are asked (`Questions`). Its likeliest tokens, which KL(start || model)
+needs, are asked for again by a resumed run, which holds the start weights at first. Rows are added up in fp64
+in one order and passes are cut alike whatever the world size: every rank decides alike.
 
 Letters: n rows of a stratum, row i with t_i trained tokens and d_i nats more than the start model gave it.
 change = sum d_i / sum t_i, a ratio estimate whose variance over rows is
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from framework.batch import Batch
@@ -77,17 +77,54 @@ class Measure(Protocol):
         """The same of the start model, remembered for `kl`."""
 
 
+@dataclass(frozen=True)
+class Fall:
+    """By how much the share answered right of the same questions has fallen since the start model."""
+
+    right: float  # share now; NaN where none could be judged
+    right_to_wrong: int
+    wrong_to_right: int
+    questions: int  # judged both times
+    low: float  # of the fall: ends of its 95 % interval
+    high: float
+    noise: float  # by how much the start model differed when it was asked again
+
+    @property
+    def change(self) -> float:
+        """The fall itself, a share from -1 to 1; 0 of no question."""
+        return (self.right_to_wrong - self.wrong_to_right) / max(self.questions, 1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look has found, by stratum."""
+
+    changes: Mapping[str, Change]
+    noise: Mapping[str, float]  # of `changes`
+    divergences: Mapping[str, Change] = field(default_factory=dict)  # KL(start || model), nats a token
+    falls: Mapping[str, Fall] = field(default_factory=dict)  # none where no question was asked
+
+
+class Questions(Protocol):
+    """Asks the model of the moment what the start model was asked. Collective; alike on all ranks."""
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Before the first step, with the start weights in the engine; `saved` as `state_dict` gave it."""
+
+    def due(self, step: int) -> bool:
+        """Whether the look after `step` optimizer steps asks."""
+
+    def __call__(self, *, start: bool = False) -> Mapping[str, Fall]:
+        """What the model as it is now has lost; with `start` the start model against itself, not asked."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 class Decide(Protocol):
     """Acts on what a look has found; it may change what is trained on next. Alike on all ranks."""
 
-    def __call__(
-        self,
-        step: int,
-        changes: Mapping[str, Change],
-        noise: Mapping[str, float],
-        divergences: Mapping[str, Change],
-    ) -> tuple[Mapping[str, float], Sequence[Report]]:
-        """(metrics beside those of the look, lines) of a look after `step` steps, by stratum."""
+    def __call__(self, step: int, found: Found) -> tuple[Mapping[str, float], Sequence[Report]]:
+        """(metrics beside those of the look, lines) of a look after `step` steps."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -174,6 +211,12 @@ class Cadence:
         early = self.dense > 0 and step * 10 <= self.steps and step % self.dense == 0
         return step in (0, self.steps) or early or step % self.every == 0
 
+    def number(self, step: int) -> int:
+        """Looks after the one at the start, up to `step` and with it; the one at the end is not counted."""
+        early = min(step, self.steps // 10)
+        both = early // math.lcm(self.every, self.dense) if self.dense else 0
+        return step // self.every + (early // self.dense - both if self.dense else 0)
+
     def looks(self) -> int:
         """How many there are in the whole run."""
         early = range(0, self.steps // 10 + 1, self.dense) if self.dense else range(0)
@@ -193,15 +236,17 @@ class Retention:
         objective: Measure,
         cadence: Cadence,
         *,
+        questions: Questions | None = None,
         decide: Decide | None = None,
         told: Sequence[Report] = (),
     ) -> None:
         self.engine, self.probe, self.objective, self.cadence = engine, probe, objective, cadence
-        self.decide, self._told = decide, list(told)
+        self.questions, self.decide, self._told = questions, decide, list(told)
         self.looked: int | None = None
         self.latest: dict[str, Change] = {}
         self.divergences: dict[str, Change] = {}  # KL(start || model), nats a token
         self.noise: dict[str, float] = {}
+        self.falls: dict[str, Fall] = {}  # empty after a look that did not ask
         self._start: dict[str, dict[str, Any]] = {}  # by stratum: its identity, and a score for each row
 
     @property
@@ -219,8 +264,11 @@ class Retention:
             self.divergences = {
                 n: Change(**c) for n, c in saved.get("divergences", {}).items() if n in self._start
             }
+            self.falls = {n: Fall(**f) for n, f in saved.get("falls", {}).items()}
             if self.decide is not None and "decide" in saved:
                 self.decide.load_state_dict(saved["decide"])
+        if self.questions is not None:
+            self.questions.begin(None if saved is None else saved.get("questions"))
         first = self._score(self.probe.micros, self.objective.remember)
         missing = [s for s in self.probe.strata if s.name not in self._start]
         if missing:
@@ -246,18 +294,28 @@ class Retention:
             self._take(
                 {name: [(*one, 0.0) for one in start["scores"]] for name, start in self._start.items()}
             )
+            self.falls = {} if self.questions is None else dict(self.questions(start=True))
         else:
-            self.measure()
+            self.measure(ask=self.questions is not None and self.questions.due(step))
         told, self._told = self._told, []
         if self.decide is None:
             return [*told, ("retain", self.line())]
-        metrics, lines = self.decide(step, self.latest, self.noise, self.divergences)
+        metrics, lines = self.decide(step, self.found)
         return [*told, ("retain", {**self.line(), **metrics}), *lines]
 
-    def measure(self) -> None:
-        """Measure every stratum as the engine is now, and do nothing about it. Collective."""
+    @property
+    def found(self) -> Found:
+        """What was found last."""
+        return Found(self.latest, self.noise, self.divergences, self.falls)
+
+    def measure(self, *, ask: bool = True) -> None:
+        """Measure every stratum as the engine is now, and do nothing about it. Collective.
+
+        With `ask` the questions, too, where there are any.
+        """
         scores = self._score(self.probe.micros, self.objective)
         self._take({s.name: [scores[row] for row in s.rows] for s in self.probe.strata})
+        self.falls = dict(self.questions()) if ask and self.questions is not None else {}
 
     def _take(self, now: Mapping[str, Sequence[Score]]) -> None:
         found = {s.name: compare(self._start[s.name]["scores"], now[s.name]) for s in self.probe.strata}
@@ -281,6 +339,17 @@ class Retention:
             if name in self.divergences:
                 line |= {f"{name}/kl": self.divergences[name].change}
                 line |= {f"{name}/kl_high": self.divergences[name].high}
+        for name, fall in self.falls.items():
+            line |= {
+                f"{name}/right": fall.right,
+                f"{name}/right_to_wrong": float(fall.right_to_wrong),
+                f"{name}/wrong_to_right": float(fall.wrong_to_right),
+                f"{name}/questions": float(fall.questions),
+                f"{name}/fall": fall.change,
+                f"{name}/fall_low": fall.low,
+                f"{name}/fall_high": fall.high,
+                f"{name}/fall_noise": fall.noise,
+            }
         return line
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +357,9 @@ class Retention:
         latest = {name: vars(change) for name, change in self.latest.items()}
         moved = {name: vars(change) for name, change in self.divergences.items()}
         state = {"looked": self.looked, "start": self._start, "latest": latest, "divergences": moved}
+        if self.questions is not None:
+            falls = {name: vars(fall) for name, fall in self.falls.items()}
+            state |= {"questions": self.questions.state_dict(), "falls": falls}
         return state if self.decide is None else {**state, "decide": self.decide.state_dict()}
 
     def _score(self, micros: Sequence[Batch], objective: Callable[[Engine, Batch], Items]) -> list[Score]:

@@ -56,6 +56,54 @@ def test_what_no_function_scores_is_known_by_its_likelihood(run, tmp_path, tiny_
     assert told(chain) in capsys.readouterr().err
 
 
+def test_what_no_stage_teaches_is_in_the_matrix_and_in_no_mean(run):
+    """As general text: the incoming model's column is the one that counts."""
+    chain = run({"learnt": "start"}, name="general")
+    general = chain["tasks"]["general"]
+    assert general["forgetting"] == 0.0  # the same model twice
+    assert (general["learnt"], general["rows"], chain["means"]) == ("start", 6, {})
+    score = f"{general['scores'][0]:.3f}"
+    assert told(chain).splitlines()[-1].split() == [
+        "general",
+        f"*{score}",
+        score,
+        "+0.000",
+        "6",
+        "likelihood",
+    ]
+
+
+def test_a_terminal_reads_what_each_number_is():
+    """Two tasks over two stages: the first falls from .75 to .5, the second is learnt last."""
+    tasks = {
+        "a": {
+            "learnt": "a",
+            "measure": "accuracy",
+            "scores": [0.0, 0.75, 0.5],
+            "forgetting": 0.25,
+            "rows": 8,
+        },
+        "b": {
+            "learnt": "b",
+            "measure": "accuracy",
+            "scores": [0.1, 0.1, 1.0],
+            "forgetting": None,
+            "rows": 12,
+        },
+    }
+    means = {"accuracy": 0.75, "learning_accuracy": 0.875, "backward_transfer": -0.25, "forgetting": 0.25}
+    text = told({"stages": ["start", "a", "b"], "tasks": tasks, "means": {"accuracy": means}})
+    assert [line.split() for line in text.splitlines()[1:4]] == [
+        ["start", "a", "b", "forgetting", "rows", "of"],
+        ["a", "0.000", "*0.750", "0.500", "+0.250", "8", "accuracy"],
+        ["b", "0.100", "0.100", "*1.000", "12", "accuracy"],
+    ]
+    assert text.splitlines()[4] == (
+        "mean accuracy at the end 0.750 (ACC), when learnt 0.875 (LA), since learnt -0.250 (BWT), "
+        "forgotten +0.250 (F)"
+    )
+
+
 def test_an_answer_that_did_not_end_is_not_right(run):
     """An untrained model of 400 tokens says no end within four of them."""
     task = run(ANY)["tasks"]["task"]
@@ -70,8 +118,7 @@ def test_an_answer_that_did_not_end_is_not_right(run):
     [
         ({"chance": 1.0}, "task", "tasks.task.chance: Input should be less than 1"),
         ({"scores": "x"}, "task", "tasks.task.scores: Extra inputs are not permitted; expected path, score"),
-        ({}, "other", "tasks.other.learnt: other is no model after the first; expected one of task; type"),
-        ({"learnt": "start"}, "task", "start is no model after the first"),
+        ({}, "other", "tasks.other.learnt: other is none of models; expected one of start, task, the first"),
         ({"score": "mine.score"}, "task", "found mine.score; expected a function of framework"),
         ({"score": "framework.rollout.rewards.exakt"}, "task", "no exakt in framework.rollout.rewards"),
         ({**ANY, "options": {"patern": ""}}, "task", "tasks.task.score.patern"),

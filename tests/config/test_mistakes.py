@@ -92,6 +92,38 @@ MISTAKES = [
         "7 examples a step for 8 ranks",
     ),
     ("adapter=dora stage=grpo reward=verifier", "type adapter=lora"),
+    (
+        "adapter=dora reward=verifier retain.prompts=[{path:q.jsonl}]",
+        "adapter, retain.prompts: answers to be written while training",
+    ),
+    ("retain.prompts=[{path:q.jsonl}]", "nothing that says what an answer is worth"),
+    (
+        "stage=reward reward=verifier retain.prompts=[{path:q.jsonl}]",
+        "questions to a reward model, which writes no answer; expected none; type retain.prompts=[]",
+    ),
+    (
+        "replay=budget replay.sources=[{path:a}] replay.unit=accuracy",
+        "a budget of accuracy and no questions to answer; expected questions that the start model answers "
+        "right; type 'retain.prompts=[{path: questions.jsonl}]' or replay.unit=relative_loss",
+    ),
+    (
+        "replay=budget replay.sources=[{path:a}] replay.unit=accuracy replay.max_forgetting=1 "
+        "retain.prompts=[{path:q.jsonl}] reward=verifier",
+        "1 of all right answers to be lost; expected a share between 0 and 1",
+    ),
+    (
+        "replay=budget replay.sources=[{path:a}] replay.max_forgetting={chat:0.02,code:-1}",
+        "replay.max_forgetting: -1 for code; expected a number > 0 for each kind of text; type "
+        "'replay.max_forgetting={code: 0.01}'",
+    ),
+    (
+        "replay=budget replay.sources=[{path:a}] replay.max_forgetting={chat:much}",
+        'replay.max_forgetting: got "much"; expected a number > 0 or {NAME: a number, ...} or null',
+    ),
+    (
+        "replay=budget replay.sources=[{path:a}] replay.max_forgetting={chat:0.02} replay.strata=[chat]",
+        "budgets by kind of text, and kinds of text beside them",
+    ),
     ("adapter=qlora model.compile=blocks", "type model.compile=none or adapter=lora"),
     ("adapter=qlora stage=preference stage.reference=frozen", "type stage.reference=auto"),
     ("model.compile=blocks strategy=zero3", "type strategy=fsdp or model.compile=none"),

@@ -138,6 +138,58 @@ def test_a_budget_on_text_that_nobody_watches_is_refused(prepare):
         )
 
 
+def test_budgets_of_kinds_that_nobody_watches_are_refused_with_the_nearest(prepare):
+    sources = ["replay=budget", f"replay.sources=[{source(prepare, 'again')}]"]
+    with pytest.raises(ConfigError, match=r"no text of the name chta.*'replay.max_forgetting={chat: 0.02}'"):
+        prepare(*sources, "replay.max_forgetting={chta: 0.02, code: 0.05}", again=GENERAL)
+    probes = prepare(*sources, "replay.max_forgetting={code: 0.05, chat: 0.02}", again=GENERAL)
+    assert probes.budgeted == ("code", "chat")
+
+
+QUESTIONS = [{"prompt": f"What is {i} and one?", "answer": str(i + 1)} for i in range(100)]
+
+
+def asking(prepare, *more, again=GENERAL):
+    """Probes of a run with 100 questions named sums and a budget of accuracy."""
+    given = ["replay=budget", f"replay.sources=[{source(prepare, 'again')}]", "replay.unit=accuracy"]
+    given += [f"retain.prompts=[{source(prepare, 'sums')}]", "reward=verifier"]
+    return prepare(*given, *more, again=again, sums=QUESTIONS)
+
+
+def test_questions_are_bound_by_a_budget_of_accuracy_and_nothing_else_is(prepare):
+    probes = asking(prepare, "replay.max_forgetting=0.05")
+    assert (probes.budgeted, probes.asked, probes.doubts) == (("sums",), {"sums": 100}, ())
+    assert "besides by answers to the questions sums 100" in probes.told()
+    with pytest.raises(ConfigError, match=r"no questions of the name smus.*{sums: 0.1}"):
+        asking(prepare, "replay.max_forgetting={smus: 0.1}")
+    with pytest.raises(
+        ConfigError, match=r"no questions of the name chat are asked.*'replay.strata=\[sums\]'"
+    ):
+        asking(prepare, "replay.strata=[chat]")
+    assert asking(prepare, "retain.builtin=false", "replay.max_forgetting=0.05").strata == ()
+
+
+def test_a_question_that_is_trained_on_is_refused(prepare):
+    known = [{"prompt": QUESTIONS[3]["prompt"], "completion": " 4"}]
+    with pytest.raises(DataError, match=r"sums\.jsonl:4: .*trained on, too, as .*again\.jsonl:1"):
+        asking(prepare, "replay.max_forgetting=0.05", again=known)
+
+
+def test_questions_that_are_too_few_for_a_budget_are_named_before_anything_is_loaded(prepare):
+    """z^2 / (100 + z^2) = 0.036993 stays open; 0.01 needs z^2 99 = 380.3 of them."""
+    (doubt,) = asking(prepare, "replay.max_forgetting={sums: 0.01}").doubts
+    assert doubt.startswith("a budget of 1 points of accuracy cannot be resolved on sums: its 100 questions")
+    assert "expected 381 at least" in doubt
+    assert "type replay.max_forgetting=0.037" in doubt
+
+
+def test_when_questions_are_asked_decides_a_run_that_they_steer():
+    given = ["model.path=m", "data.train=[{path: t.jsonl}]", "replay.sources=[{path: g.jsonl}]"]
+    given += ["retain.prompts=[{path: q.jsonl}]", "reward=verifier", "replay=budget"]
+    steered = [compose([*given, f"retain.ask_every={n}"]).identity() for n in (1, 2)]
+    assert steered[0] != steered[1]
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -8,7 +8,8 @@ import pytest
 
 from framework.config.replay import Replay
 from framework.config.steering import Steering
-from framework.train.retain import Change
+from framework.rollout.intervals import fall, questions_needed
+from framework.train.retain import Change, Fall, Found
 from framework.train.schedule import schedule
 
 WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.dumps(value)))
@@ -36,7 +37,7 @@ QUIET = {"chat": 0.0, "code": 0.0}
 def look(steer, step, found, noise, divergences=None):
     """A look after `step` steps, where there is one every two."""
     steer.controller.state.progress = max(step - 2, 0) / steer.steps
-    return steer(step, found, noise, divergences or {})
+    return steer(step, Found(found, noise, divergences or {}))
 
 
 def test_nothing_moves_before_training_and_every_move_says_why():
@@ -172,9 +173,9 @@ def test_a_budget_without_replay_is_judged_and_nothing_else():
 def test_a_point_on_the_way_back_is_judged_by_what_was_measured_there():
     steer, _ = steering()
     look(steer, 100, changes(0.2), QUIET)
-    assert not steer.keeps(changes(0.2), QUIET, {})
-    assert steer.keeps(changes(0.01), QUIET, {})
-    _, line = steer.judge(changes(0.01), QUIET, {}, share=0.4)
+    assert not steer.keeps(Found(changes(0.2), QUIET))
+    assert steer.keeps(Found(changes(0.01), QUIET))
+    _, line = steer.judge(Found(changes(0.01), QUIET), share=0.4)
     assert (line["verdict"], line["interpolated"]) == ("kept by interpolation", 0.4)
     assert "2.00% kept by interpolating with the start weights by 0.4: chat" in line["message"]
     assert "Without: forgetting budget of 2.00% infeasible" in line["message"]
@@ -184,5 +185,75 @@ def test_a_point_on_the_way_back_is_judged_by_what_was_measured_there():
 def test_tuned_weights_that_are_handed_out_after_all_keep_their_verdict():
     steer, _ = steering()
     look(steer, 100, changes(0.2), QUIET)
-    _, line = steer.judge(changes(0.2), QUIET, {}, share=1.0)
+    _, line = steer.judge(Found(changes(0.2), QUIET), share=1.0)
     assert (line["verdict"], line["interpolated"]) == ("infeasible", 1.0)
+
+
+def test_each_kind_of_text_has_a_budget_of_its_own():
+    """4 % of code is within its 5 %, 3 % of chat is not within its 2 %, so that is what asks for replay."""
+    steer, amounts = steering(max_forgetting={"chat": 0.02, "code": 0.05}, names=("chat", "code"))
+    found = changes(math.log(1.03), math.log(1.04), half=0.0)
+    _, lines = look(steer, 90, found, QUIET)
+    assert amounts[0] > 0.1
+    assert "chat has forgotten up to 3.00%, the budget is 2.00%" in lines[0][1]["message"]
+    _, ((_, line),) = look(steer, 100, found, QUIET)
+    assert (line["verdict"], line["binding"], line["budget"]) == ("infeasible", "chat", 0.02)
+    assert line["budgets"] == {"chat": 0.02, "code": 0.05}
+    assert line["forgotten"] == pytest.approx(0.03)
+    assert "forgetting budget of 2.00% on chat, 5.00% on code infeasible" in line["message"]
+    assert steer.keeps(Found(changes(math.log(1.01), math.log(1.04), half=0.0), QUIET))
+    assert not steer.keeps(Found(changes(math.log(1.01), math.log(1.06), half=0.0), QUIET))
+
+
+def test_budgets_of_one_size_are_one_budget():
+    alike, same = steering(max_forgetting={"chat": 0.02, "code": 0.02}), steering()
+    for step in range(60, 100, 4):
+        for steer, _ in (alike, same):
+            look(steer, step, changes(0.03 - step / 5000, 0.01), QUIET)
+    assert alike[1] == same[1]
+    assert len(same[1]) > 5
+
+
+def answers(lost, gained=0, questions=1000, right=0.9, noise=0.0):
+    _, low, high = fall(lost, gained, questions)
+    return {"chat": Fall(right, lost, gained, questions, low, high, noise)}
+
+
+def ask(steer, step, falls, every=2):
+    steer.controller.state.progress = max(step - every, 0) / steer.steps
+    return steer(step, Found(changes(5.0), QUIET, {}, falls))
+
+
+def test_a_budget_of_accuracy_goes_by_answers_and_only_where_there_are_new_ones():
+    steer, amounts = steering(unit="accuracy", names=("chat",))
+    assert ask(steer, 0, answers(0)) == ({"replay/share": 0.1}, [])
+    assert ask(steer, 70, {}) == ({"replay/share": 0.1}, [])
+    assert (amounts, steer.controller.state.tracks) == ([], {})
+    _, lines = ask(steer, 72, answers(60, 10))
+    assert 0.1 < amounts[0] < 0.3
+    bound = 100 * fall(60, 10, 1000).high
+    told = f"chat has forgotten up to {bound:.2f} points of accuracy, the budget is 2.00 points of accuracy"
+    assert told in lines[0][1]["message"]
+    _, ((_, line),) = ask(steer, 100, answers(12, 10))
+    assert (line["verdict"], line["unit"]) == ("kept", "accuracy")
+    assert line["forgotten"] == fall(12, 10, 1000).high
+    assert steer.spent == pytest.approx(0.1 * 72 + amounts[0] * 28)
+
+
+def test_questions_that_are_too_few_say_how_many_would_do():
+    steer, _ = steering(unit="accuracy", names=("chat",))
+    _, ((_, line),) = ask(steer, 100, answers(3, 2, questions=100))
+    assert line["verdict"] == "unresolvable"
+    assert "chat has changed by 1.00 points of accuracy, which its 100 questions only" in line["message"]
+    needed = questions_needed(0.02, 0.03, 0.02)
+    assert f"about {needed} questions of that kind in retain.prompts would do" in line["message"]
+    _, ((_, line),) = ask(steer, 100, answers(0, questions=0, right=math.nan))
+    assert line["verdict"] == "unresolvable"
+
+
+def test_answers_that_differ_by_themselves_or_are_all_wrong_are_named_before_training():
+    steer, _ = steering(unit="accuracy", names=("chat",))
+    _, ((_, line),) = ask(steer, 0, answers(0, noise=0.03))
+    assert "the start model measured twice differs by 3.00 points of accuracy on it" in line["message"]
+    _, ((_, line),) = ask(steer, 0, answers(0, right=0.0))
+    assert "none of its questions right" in line["message"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from framework.data import answers, leaks, tables
+from framework.data import answers, leaks, prompts, tables
 from framework.data.sources import Source
 
 
@@ -65,6 +65,29 @@ def test_both_answers_of_a_pair_are_looked_at(read):
              [{"role": "assistant", "content": v}] for k, v in row.items()} for row in pairs]  # fmt: skip
     trained = table("pairs", rows, prepare=answers.prepare_comparisons, truncation="error")
     assert find(probe, trained) == [leaks.Leak(1, 1)]
+
+
+def test_a_question_is_found_wherever_it_is_asked(read):
+    """As a prompt of reinforcement learning or of a pair, and before the answer of a conversation."""
+    table, find = read
+
+    def read_prompts(sources, *, max_length, **options):
+        return prompts.prepare(sources, max_prompt_tokens=max_length, **options)
+
+    def questions(name, *asked):
+        return table(name, [{"prompt": chat(one, "")["messages"][:1]} for one in asked], read_prompts)
+
+    probe = questions("probe", "Where?", "Who?", "How far is it to the house?")
+    assert find(probe, questions("rl", "When?", "who")) == [leaks.Leak(1, 1)]
+    asked, there, here = *chat("Where?", "There.")["messages"], chat("", "Here.")["messages"][1]
+    pair = {"prompt": [asked], "chosen": [there], "rejected": [here]}
+    pairs = table("pairs", [pair], prepare=answers.prepare_comparisons, truncation="error")
+    assert find(probe, pairs) == [leaks.Leak(0, 0)]
+    chats = table("chats", [chat("Where? Who?", "She."), chat("Who?", "Where?")])
+    assert find(probe, chats) == [leaks.Leak(1, 1)]
+    longer = table("longer", [{"messages": chat("Who?", "She.")["messages"] + [asked, there]}])
+    assert find(probe, longer) == [leaks.Leak(1, 0)]
+    assert find(probe, table("text", [{"text": "Where?"}])) == []
 
 
 def test_what_was_found_is_kept_and_a_damaged_record_is_made_again(read, tmp_path):

@@ -12,6 +12,8 @@ import tiny
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 REWARDS = "framework.rollout.rewards"
+BUDGET = ["replay=budget", "replay.sources=[{path: again.jsonl}]", "data.train=[{path: sft.jsonl}]"]
+ASKED = ["retain.prompts=[{path: prompts.jsonl, name: sums}]", f"retain.score={{_target_: {REWARDS}.exact}}"]
 
 MISTAKES = {
     "conversations for preferences": (
@@ -68,6 +70,21 @@ MISTAKES = {
         ["stage=ppo", "reward=model", "reward.model=model"],
         ["model holds no reward model, its head writes tokens", "expected RUN/model of a stage=reward run"],
     ),
+    "a budget of accuracy without questions": (
+        [*BUDGET, "replay.unit=accuracy"],
+        [
+            "a budget of accuracy and no questions to answer",
+            "type 'retain.prompts=[{path: questions.jsonl}]'",
+        ],
+    ),
+    "a budget of questions that are not asked": (
+        [*BUDGET, *ASKED, "replay.unit=accuracy", "replay.max_forgetting={smus: 0.1}"],
+        ["no questions of the name smus are asked", "type 'replay.max_forgetting={sums: 0.1}'"],
+    ),
+    "questions to an adapter that cannot be asked": (
+        [*ASKED, "data.train=[{path: sft.jsonl}]", "adapter=dora"],
+        ["adapter, retain.prompts: answers to be written", "type adapter=lora"],
+    ),
     "more answers in a step than in an iteration": (
         [
             "stage=grpo",
@@ -93,6 +110,7 @@ def place(tmp_path_factory):
     (stranger / "config.json").write_text(json.dumps(config | {"vocab_size": len(words)}))
     prompt = [{"role": "user", "content": "one two"}]
     rows = {
+        "again": {"text": "two three"},
         "sft": {"messages": [*prompt, {"role": "assistant", "content": "two one"}]},
         "pairs": {"prompt": prompt, "chosen": "two one", "rejected": "one two"},
         "labelled": {"prompt": prompt, "completion": "two one", "label": True},

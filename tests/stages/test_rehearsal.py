@@ -9,7 +9,14 @@ class Loader:
 
     def next(self):
         self.index += 3
-        return type("Step", (), {"micros": ["batch"], "stats": {"tokens": 9.0, "trained_tokens": 4.0}})()
+        stats = {
+            "sequences": 3.0,
+            "tokens": 9.0,
+            "trained_tokens": 4.0,
+            "trained_tokens/chat": 4.0,
+            "epoch": 1.0,
+        }
+        return type("Step", (), {"micros": ["batch"], "stats": stats})()
 
     def state_dict(self):
         return {"index": self.index}
@@ -49,7 +56,12 @@ def test_replay_is_a_second_term_with_its_own_scale_and_name():
     assert (own.objective, own.name, own.scale) == ("own", "", 1.0)
     assert (replayed.objective, replayed.name, replayed.scale) == ("imitate", "replay", 0.25)
     assert replayed.micros == ["batch"]
-    assert replayed.stats == {"replay_tokens": 9.0, "replay_trained_tokens": 4.0}
+    assert replayed.stats == {
+        "replay_sequences": 3.0,
+        "replay_tokens": 9.0,
+        "replay_trained_tokens": 4.0,
+        "replay_trained_tokens/chat": 4.0,
+    }
 
 
 def test_both_positions_are_kept():

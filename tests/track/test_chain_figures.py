@@ -14,7 +14,7 @@ CHAIN = {
         },
         "second": {
             "learnt": "b", "measure": "likelihood", "scores": [0.2, 0.3, 0.9], "losses": [1.6, 1.2, 0.1],
-            "forgetting": None,
+            "forgetting": None, "rows": 5,
         },
     },
     "means": {
@@ -33,13 +33,14 @@ def test_every_task_after_every_stage_in_numbers_and_in_one_picture():
     page = Page(f"<body>{html}</body>")
     for expected in (
         "at the end of accuracy 50.0% mean over the tasks (ACC)",
-        "since learnt of accuracy -37.5%",
-        "forgotten of accuracy +37.5%",
+        "since learnt of accuracy -37.5 points mean change from then to the end (BWT)",
+        "forgotten of accuracy +37.5 points",
         "at the end of likelihood 90.0%",
         "task start a<b> b forgetting changed sides",
-        "first accuracy 10.0% [0.0%, 30.0%] 87.5% [60.0%, 100.0%] 50.0% [20.0%, 80.0%] +37.5%",
+        "first accuracy of 8 rows 10.0% [0.0%, 30.0%] 87.5% [60.0%, 100.0%] 50.0% [20.0%, 80.0%]",
+        "[20.0%, 80.0%] +37.5 points",
         "since a<b>: 40.0% lost, 2.5% gained",
-        "second likelihood 20.0% 30.0% 90.0%",
+        "second likelihood of 5 rows 20.0% 30.0% 90.0%",
         "0 start, 1 a<b>, 2 b",
     ):
         assert expected in page.text, expected

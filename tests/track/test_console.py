@@ -129,3 +129,17 @@ def test_a_rollout_is_one_short_line_now_and_then(clock):
         clock[0] += 6
     told = "reward 0.25, kl 0.0125, 34 tokens an answer, 97% finished"
     assert lines(stream) == [f"rollout step 0  {told}", f"rollout step 2  {told}"]
+
+
+def test_right_answers_are_told_beside_or_without_perplexity(clock):
+    stream = io.StringIO()
+    tracker = Console(steps=9, stream=stream)
+    answered = {"facts/right": 0.9, "facts/fall": 0.05, "facts/fall_high": 0.125, "facts/questions": 40.0}
+    tracker.log("retain", answered, step=0)
+    tracker.log("retain", {"chat/relative": 0.01, "chat/relative_high": 0.02, **answered}, step=9)
+    told = "answered right: facts 90.0% (fell by 5.0%, at most 12.5%)"
+    assert lines(stream) == [
+        f"retain step 0  {told}",
+        "retain step 9  perplexity against the start: chat +1.0% (at most +2.0%)",
+        f"retain step 9  {told}",
+    ]

@@ -75,3 +75,13 @@ def test_a_budget_shows_what_became_of_it_and_how_replay_moved():
     assert "budget &lt;of&gt; 1%" in page
     assert "share, step 10: 0.2" in page
     assert "forgetting budget</span>" not in render([*TRAIN, *RETAINED], config={}, status="done", name="run")
+
+
+def test_right_answers_are_drawn_and_a_verdict_on_them_is_shown_without_any_text():
+    asked = [{"kind": "retain", "step": s, "facts/right": 0.9 - s / 100, "facts/fall": 0.0} for s in (0, 10)]
+    verdict = {"kind": "event", "step": 10, "verdict": "kept", "message": "forgetting budget kept"}
+    drawn = retention.figures(asked, [], [], TRAIN, [verdict], [])
+    assert "Answered right" in drawn
+    assert "forgetting budget kept" in drawn
+    assert "general text" not in drawn
+    assert "Answered right" not in retention.figures(RETAINED, [], [], TRAIN, [], [])

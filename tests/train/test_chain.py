@@ -185,5 +185,5 @@ def test_the_road_shows_the_matrix_and_the_console_told_it(places, finished):
     page = (places["matrix"].parent / "report.html").read_text()
     for text in ("Learnt, kept, lost", "Every task after every stage", "since learnt", "cipher, stage 2: "):
         assert text in page, text
-    assert "accuracy: accuracy 0." in finished or "accuracy: accuracy 1." in finished
-    assert "backward transfer" in finished
+    assert "mean accuracy at the end 0." in finished or "mean accuracy at the end 1." in finished
+    assert "(BWT)" in finished

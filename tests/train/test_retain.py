@@ -212,9 +212,9 @@ def test_what_decides_is_told_what_was_found():
     told = []
 
     class Decide:
-        def __call__(self, step, changes, noise, divergences):
-            assert sorted(divergences) == ["a", "b"]
-            told.append((step, sorted(changes), sorted(noise)))
+        def __call__(self, step, found):
+            assert sorted(found.divergences) == ["a", "b"]
+            told.append((step, sorted(found.changes), sorted(found.noise)))
             return {"replay/share": 0.5}, [("event", {"message": "moved"})]
 
         def state_dict(self):
