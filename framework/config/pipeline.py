@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,7 +22,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
@@ -124,14 +124,14 @@ def check(argv: Sequence[str]) -> Pipeline:
         mine = [override for override in typed if _stage_of(override) == stage]
         common = [override for override in typed if not _is_ours(override) and _stage_of(override) is None]
         try:
-            resolved = _resolved(settings, steps, list(tree.stages))
-            shared = _resolved(tree.common, steps, list(tree.stages))
-            if "_target_" in resolved:
-                steps[stage] = _function(stage, resolved, mine, tree, run_dir, steps)
+            if "_target_" in settings:
+                changed = _changed(stage, settings, mine)
+                steps[stage] = _function(stage, changed, tree, run_dir, steps)
             else:
-                steps[stage] = _training(
-                    stage, {**shared, **resolved}, [*common, *mine], tree, run_dir, asked, steps
-                )
+                replaced = {o.key_or_group.removeprefix(f"stages.{stage}.") for o in [*common, *mine]}
+                kept = {key: v for key, v in _keys({**tree.common, **settings}) if key not in replaced}
+                resolved = _resolved(kept, steps, list(tree.stages))
+                steps[stage] = _training(stage, resolved, [*common, *mine], tree, run_dir, asked, steps)
         except ConfigError as error:
             where = f"stages.{stage}"
             raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
@@ -197,22 +197,32 @@ def _training(
     return Step(stage, directory, run=run, overrides=(*flags, *told, f"run_dir={_text(str(directory))}"))
 
 
+def _changed(stage: str, settings: Mapping[str, Any], typed: Sequence[Override]) -> dict[str, Any]:
+    """A function's settings with what was typed for them; nothing is resolved: what goes may name no step."""
+    config = OmegaConf.create(dict(settings))
+    for override in typed:
+        key = override.key_or_group.removeprefix(f"stages.{stage}.")
+        if not override.is_delete():
+            OmegaConf.update(config, key, override.value(), merge=False)
+            continue
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if not isinstance(node, DictConfig) or last not in node:
+            expected = ", ".join(map(str, node)) if isinstance(node, DictConfig) else "a key that is there"
+            raise ConfigError(f"~{override.key_or_group}: no such key; expected {expected}")
+        del node[last]
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
 def _function(
     stage: str,
     settings: Mapping[str, Any],
-    typed: Sequence[Override],
     tree: Tree,
     run_dir: Path,
     earlier: Mapping[str, Step],
 ) -> Step:
     """A function that takes `directory` and is bound to all else; its `seed` is the pipeline's if not set."""
-    config = OmegaConf.create(dict(settings))
-    for override in typed:
-        found = _STAGE_KEY.fullmatch(override.input_line or "")
-        assert found is not None  # settings for all are for training
-        key = override.key_or_group.removeprefix(f"stages.{stage}.")
-        OmegaConf.update(config, key, override.value(), merge=False)
-    keywords = _resolved(OmegaConf.to_container(config, resolve=False), earlier, list(tree.stages))
+    keywords = _resolved(settings, earlier, list(tree.stages))
     target = keywords.pop("_target_")
     keywords.pop("_partial_", None)
     for key, value in _leaves(keywords):

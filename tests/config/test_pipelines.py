@@ -109,9 +109,24 @@ def test_a_step_can_be_left_out(check):
     assert list(by_name(check("~stages.second"))) == ["task", "first"]
 
 
+def test_what_named_a_step_that_is_left_out_can_be_changed_or_left_out_with_it(check, monkeypatch):
+    """A training's key, plain or within a mapping, and a function's."""
+    steps = by_name(check("~stages.first", "stages.second.model.path=some/model"))
+    assert steps["second"].run.model.path == "some/model"
+    monkeypatch.chdir(CONF.parent)
+    demo = ["experiment=rlhf_demo", "~stages.ppo", "~stages.compare.models.ppo"]
+    models = by_name(pipeline.check(demo))["compare"].call.keywords["models"]
+    assert list(models) == ["start", "sft", "dpo", "grpo"]
+    demo[-1] = "stages.compare.models.ppo=${stages.grpo.model}"
+    models = by_name(pipeline.check(demo))["compare"].call.keywords["models"]
+    assert models["ppo"] == models["grpo"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["~stages.task.settings.max"], "~stages.task.settings.max: no such key; expected min_words"),
+        (["~stages.task.parts.sft.x"], "~stages.task.parts.sft.x: no such key; expected a key that is there"),
         (["stages.second.optm.lr=1"], "stages.second: optm.lr=1: no such key; type optim.lr=1"),
         (["stages.secnd.steps=1"], "stages.secnd: no such step; type stages.second"),
         (["optm.lr=1"], "stages.first: optm.lr=1: no such key; type optim.lr=1"),
