@@ -5,6 +5,7 @@ Used under our own gang, torchrun and deepspeed alike; knows nothing of what the
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import json
@@ -63,11 +64,15 @@ def run(work: Callable[[], int]) -> NoReturn:
         status = FAILED
         where = error.__traceback__ and error.__traceback__.tb_next  # without this frame
         _tell("".join(traceback.format_exception(error.with_traceback(where))).rstrip(), ours)
+    if status == DONE or (ours and status == INTERRUPTED):
+        status = DONE
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status == DONE or (ours and status == INTERRUPTED):
-        sys.exit(DONE)
-    os._exit(status)  # not sys.exit: threads that wait for a dead rank must not keep this one alive
+    # Not sys.exit: threads that wait for a dead rank must not keep this one alive, and one of torch's that
+    # asks for the interpreter while that shuts down is unwound through C++ that may not be, which aborts a
+    # rank whose work was done.
+    os._exit(status)
 
 
 def _tell(text: str, ours: bool) -> None:
