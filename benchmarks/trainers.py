@@ -13,6 +13,7 @@ from typing import Any
 
 SEQUENCES = 8  # examples (of pairs: pairs) per optimizer step
 LEARNING_RATE = 1e-5
+LITTLE_MEMORY = ("model.activation_checkpointing=full", "batch.tokens_per_micro=2048")  # of ours
 
 Counts = Callable[[Mapping[str, Any]], dict[str, int]]
 """What to count of a foreign trainer's micro-batch."""
