@@ -25,7 +25,7 @@ PAIRS_AT_ONCE = 2  # a micro-batch of TRL's with best flags
 
 
 def ours(model: Path, data: Path, marks: Marks, *, reference: str, small: bool = False) -> None:
-    """As it comes (a frozen copy answers for the start model), or with its answers kept, or in little memory."""
+    """As it comes (a frozen copy answers for the start model), with its answers kept, or in little memory."""
     marks.before = 0.0
     settings = ["stage=preference", f"stage.reference={reference}", f"batch.sequences={SEQUENCES}"]
     settings += trainers.LITTLE_MEMORY if small else ()

@@ -4,9 +4,9 @@
     python benchmarks/reward.py --shapes tiny --rounds 1 --examples 16 --out /tmp/x.json
 
 The data sets are pairs whose prompts are 0.3, 1 and 3 times as long as their answers, lengths varied. Every
-optimizer step takes eight pairs. Ours also with small micro-batches that are computed again, which takes least
-memory. Best flags for TRL: weights in bf16, nothing computed twice, and small micro-batches, which hold less
-padding.
+optimizer step takes eight pairs. Ours also with small micro-batches that are computed again, which takes
+least memory. Best flags for TRL: weights in bf16, nothing computed twice, and small micro-batches, which
+hold less padding.
 """
 
 from __future__ import annotations
