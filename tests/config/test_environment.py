@@ -222,7 +222,8 @@ def test_who_is_told_where_the_rows_are_asks_nobody(package, tiny_model_dir, tmp
 
 def test_machines_with_other_rows_are_refused_on_all_of_them():
     table = SimpleNamespace(name="environment", fingerprint="a")
-    empty = dict.fromkeys(("replay", "held_out", "retention", "important", "questions"), ())
+    others = ("replay", "held_out", "retention", "important", "questions", "retain_questions")
+    empty = dict.fromkeys(others, ())
     prepared = SimpleNamespace(tables=[table], **empty)
     same, other = [("environment", "a")], [("environment", "b")]
     work.agree(prepared, SimpleNamespace(gather=lambda mine: [mine, same]))

@@ -140,7 +140,7 @@ def test_a_run_whose_engine_fails_says_so_and_records_the_failure(monkeypatch):
     from framework.config import work
 
     ended = []
-    monkeypatch.setattr(work.build, "prepare", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(work.build, "prepare", lambda run: SimpleNamespace(run=run, probes=None))
     monkeypatch.setattr(work, "_join", lambda run, closing: SimpleNamespace(rank=0, device=CUDA))
     monkeypatch.setattr(work, "agree", lambda prepared, world: None)
     monkeypatch.setattr(work.leaving, "leave", lambda prepared: None)

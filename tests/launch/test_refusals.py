@@ -13,7 +13,7 @@ import tiny
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 REWARDS = "framework.rollout.rewards"
 BUDGET = ["replay=budget", "replay.sources=[{path: again.jsonl}]", "data.train=[{path: sft.jsonl}]"]
-ASKED = ["retain.prompts=[{path: prompts.jsonl, name: sums}]", f"retain.score={{_target_: {REWARDS}.exact}}"]
+ASKED = ["retain.prompts=[{path: sums.jsonl, name: sums}]", f"retain.score={{_target_: {REWARDS}.exact}}"]
 
 MISTAKES = {
     "conversations for preferences": (
@@ -115,6 +115,7 @@ def place(tmp_path_factory):
         "pairs": {"prompt": prompt, "chosen": "two one", "rejected": "one two"},
         "labelled": {"prompt": prompt, "completion": "two one", "label": True},
         "prompts": {"prompt": prompt, "answer": "two one"},
+        "sums": {"prompt": "three two", "answer": "two three"},
     }
     for name, row in rows.items():
         (place / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 16)
