@@ -114,8 +114,11 @@ def test_a_machine_that_falls_silent_is_named_by_all_in_time(waiting):
     def scene(machine):
         machine.each(lambda: None)
         if machine.rank == 2:
-            machine.check.__self__._stopped.set()  # the thread that beats
-            machine.check.__self__._thread.join()
+            heart = machine.check.__self__
+            while 2 not in heart._names:  # until machine 0 has heard of it and said so
+                time.sleep(0.05)
+            heart._stopped.set()  # the thread that beats
+            heart._thread.join()
         if waiting == "workers" or machine.rank == 2:
             watch(machine)
         machine.each(lambda: None)
