@@ -7,8 +7,9 @@ An iteration answers 4 prompts 8 times each with exactly 128 new tokens, and the
 tasks: `prompts`, where all answers make one optimizer step and nothing holds the policy near its start (TRL's
 defaults); `prompts-kl`, with a KL term and two steps an iteration, so that the start model and the policy
 before its first step have to be asked. Scoring is that asking; update is forward, backward and optimizer;
-generation includes handing the weights over. Both reward with the same function. Best flags for TRL: weights
-in bf16, nothing computed twice, small micro-batches.
+generation includes handing the weights over. Both reward with the same function. Ours also with small
+micro-batches that are computed again, which takes least memory. Best flags for TRL: weights in bf16, nothing
+computed twice, small micro-batches.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def updates(data: Path) -> int:
     return 2 if data.stem == "prompts-kl" else 1
 
 
-def ours(model: Path, data: Path, marks: Marks) -> None:
-    """As it comes, but for the sizes."""
+def ours(model: Path, data: Path, marks: Marks, *, small: bool = False) -> None:
+    """As it comes, but for the sizes, or in little memory."""
     marks.warmup = updates(data)
     settings = [
         "stage=grpo",
@@ -43,6 +44,7 @@ def ours(model: Path, data: Path, marks: Marks) -> None:
         f"rollout.samples={SAMPLES}",
         f"rollout.max_new_tokens={NEW_TOKENS}",
         "reward.functions=[{_target_: framework.rollout.rewards.repetition_penalty, words: 1}]",
+        *(trainers.LITTLE_MEMORY if small else ()),
     ]
     with fixed_length():
         trainers.ours(
@@ -104,6 +106,7 @@ if __name__ == "__main__":
             title="answers' tokens per CPU-second of whole iterations, CPU-seconds by phase, one thread",
             contenders={
                 "ours": ours,
+                "ours, checkpointed": lambda m, d, k: ours(m, d, k, small=True),
                 "trl, defaults": lambda m, d, k: trl(m, d, k, best=False),
                 "trl, best flags": lambda m, d, k: trl(m, d, k, best=True),
             },
