@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import joined
 import workers
 
 from framework.config import cells
-from framework.config import work as working
-from framework.config.compose import compose
 from framework.config.specimens import write
 from framework.train import trainer
 
@@ -94,11 +93,8 @@ def keep(world: Any, arguments: Sequence[str]) -> list[list[Entry]]:
         )
         accumulate(engine, terms, **options)
 
-    with (
-        mock.patch.object(trainer, "accumulate", recorded),
-        mock.patch.object(working, "_join", return_value=world),  # which stays open for other tests
-    ):
-        assert working.work(compose(arguments)) == 0
+    with mock.patch.object(trainer, "accumulate", recorded):
+        joined.work(world, arguments)
     return steps
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joined
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,12 +42,12 @@ def command(tmp_path_factory, tiny_model_dir):
         "steps=4",
         "checkpoint.every=2",
         "checkpoint.keep=9",
-        "tracker.console=plain",
+        "tracker.console=none",
         "evaluate.retention=[]",
     ]
 
 
-def train(command, where, *arguments):
+def launched(command, where, *arguments):
     line = [sys.executable, "launch/train.py", *command, f"run_dir={where}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -70,8 +71,7 @@ def shards(where, step):
 def test_a_run_goes_on_with_and_without(command, tmp_path):
     whole, plain = tmp_path / "whole", tmp_path / "plain"
     for where, how in ((whole, FP8), (plain, [])):
-        ended = train(command, where, *how)
-        assert ended.returncode == 0, ended.stderr
+        joined.run(2, [*command, f"run_dir={where}", *how])
     assert next(line["message"] for line in lines(whole, "event")).startswith(
         "fp8 (tensorwise, emulated): 12 "
     )
@@ -88,8 +88,7 @@ def test_a_run_goes_on_with_and_without(command, tmp_path):
     # with it: to the bit; without after a start with it, and with it after a start without
     again, off, on = tmp_path / "again", tmp_path / "off", tmp_path / "on"
     for where, start, how in ((again, whole, FP8), (off, whole, []), (on, plain, FP8)):
-        ended = train(command, where, f"resume={start}/checkpoints/step-000002", *how)
-        assert ended.returncode == 0, ended.stderr
+        joined.run(2, [*command, f"run_dir={where}", f"resume={start}/checkpoints/step-000002", *how])
     assert [losses(again)[step] for step in (3, 4)] == [losses(whole)[step] for step in (3, 4)]
     ours, theirs = shards(again, 4), shards(whole, 4)
     assert ours.keys() == theirs.keys() != set()
@@ -104,6 +103,6 @@ def test_refusals_end_with_status_2(command, tmp_path):
         (["model.fp8=tensorwise"], "type model.fp8_emulate=true or model.fp8=null"),
         ([*FP8, "adapter=lora"], "type adapter=full or model.fp8=null"),
     ):
-        ended = train(command, tmp_path / "run", *arguments)
+        ended = launched(command, tmp_path / "run", *arguments)
         assert ended.returncode == 2
         assert told in ended.stderr

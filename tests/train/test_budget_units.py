@@ -5,19 +5,15 @@ found, the verdict is about that and nothing else, and a run that was killed goe
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import characters
+import joined
 import pytest
 
 from framework.rollout.intervals import fall
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 EXACT = "retain.score={_target_: framework.rollout.rewards.exact}"
 STEPS, KILLED = 60, 24
 
@@ -216,10 +212,7 @@ def test_a_run_that_was_killed_compares_with_the_same_answers(place, held):
 
 def launch(place, run_dir):
     own = [f"run_dir={run_dir}", f"data.cache_dir={place}/cache", "launch.nproc=2", "strategy=fsdp"]
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *characters.SETTINGS, *half(place), *own]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    joined.run(2, [*characters.SETTINGS, *half(place), *own])
 
 
 def test_two_ranks_go_on_bit_for_bit_and_find_what_one_finds(place, held):
