@@ -107,7 +107,7 @@ def limit(model: Path, data: Path, marks: Marks) -> None:
     }
     seconds = {name: flops / rate for name, flops in iteration.items()}
     marks.warmup = 1
-    for number in range(2):
+    for number in range(len(rows) // PROMPTS):  # as many as ours
         spent = {name: number * s for name, s in seconds.items() if name != "update"}
         counts = {"trained_tokens": float(EPOCHS * PROMPTS * NEW_TOKENS)}
         marks.steps.append((number * sum(seconds.values()), counts, spent))
