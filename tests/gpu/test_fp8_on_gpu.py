@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from decoders import DEVICE, policy
 from rows import batch, segments
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from framework.models import attention
-from framework.models.policy import Policy
 from framework.strategy.fp8 import CAPABILITY, Fp8, check_fp8
-from framework.strategy.memory import PLAIN, Blocks, prepare_blocks
+from framework.strategy.memory import PLAIN, Blocks
 
 pytest.importorskip("torchao")
 
-DEVICE = torch.device("cuda")
 TOO_OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY
 pytestmark = [
     pytest.mark.gpu,
@@ -24,20 +21,7 @@ ROWS = segments((301, 40, 207, 3, 150), 512)  # 701 tokens, which is no multiple
 
 def losses(how, steps=8):
     """Losses a token in bf16 of `steps` steps of AdamW on the same rows, and the last gradients."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    attention.register()
-    lm = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
-    lm.set_attn_implementation(attention.choose("auto", DEVICE, config, torch.bfloat16))
-    model = Policy(lm, head_chunk_tokens=256)
-    prepare_blocks(model, how)
+    model = policy(how, width=256, layers=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     micro, history = batch(ROWS).to(DEVICE), []
     for _ in range(steps):

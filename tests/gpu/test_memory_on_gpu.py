@@ -2,34 +2,18 @@
 
 import pytest
 import torch
+from decoders import DEVICE, policy
 from rows import batch, segments
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from framework.models import attention
-from framework.models.policy import Policy
-from framework.strategy.memory import Blocks, prepare_blocks
+from framework.strategy.memory import Blocks
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda")
 ROWS = segments((900, 300, 1500, 40, 1300), 512)
 
 
 def step(how):
     """(gradients by name, bytes of the device held between forward and backward) in bf16."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    attention.register()
-    lm = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
-    lm.set_attn_implementation(attention.choose("auto", DEVICE, config, torch.bfloat16))
-    model = Policy(lm, head_chunk_tokens=256)
-    prepare_blocks(model, how)
+    model = policy(how, width=512, layers=8)
     micro = batch(ROWS).to(DEVICE)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
