@@ -18,6 +18,7 @@ from framework.config import (
     fp8,
     judging,
     leaving,
+    pairs,
     record,
     remembering,
     retention,
@@ -55,6 +56,7 @@ def work(run: Run) -> int:
     with StopRequest() as stop, ExitStack() as closing:
         prepared = build.prepare(run)
         world = _join(run, closing)
+        pairs.check_device(run, world.device.type)  # before there is a directory to say that it failed
         agree(prepared, world)
         checkpoints = build.checkpointer(prepared, world)
         resume = _resume(run, checkpoints)

@@ -1,10 +1,12 @@
 """Ways of spreading a model that the rest of the tree rules out: what is said, and that it can be typed."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from framework.config import pairs
+from framework.config import pairs, work
 from framework.config.compose import compose
 from framework.config.spread import build_strategy
 from framework.errors import ConfigError
@@ -92,6 +94,15 @@ def test_a_device_found_later_is_refused_in_the_same_words():
     pairs.check_device(run, "cuda")
     with pytest.raises(ConfigError, match="for CUDA, on a CPU"):
         build_strategy(run, connect("cpu", timeout_s=1, environment={}))
+
+
+def test_a_device_found_later_is_refused_before_a_run_leaves_anything(monkeypatch):
+    world = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr(work.build, "prepare", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(work, "_join", lambda run, closing: world)
+    monkeypatch.setattr(work, "agree", lambda *_: pytest.fail("went on"))
+    with pytest.raises(ConfigError, match="products in 8-bit floats on a CPU"):
+        work.work(compose([*GIVEN, "model.fp8=tensorwise"]))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 12, "null"])
