@@ -13,7 +13,6 @@ from framework.config.build import Inspected, Prepared
 from framework.config.stage import ONLINE, Correction, Distill, Grpo, OnPolicy, Ppo, Preference
 from framework.data import collate, pack, pairs, shared
 from framework.data.loader import SUPERVISED, Cut, Loader, held_out, whole
-from framework.data.mixture import Mixture
 from framework.data.prompts import Prompts
 from framework.data.tables import Table
 from framework.losses import sft as token_losses
@@ -165,7 +164,7 @@ def _replay(prepared: Prepared, world: World, engine: Engine) -> Replay | None:
     if chosen.scale is None:
         return None
     assert chosen.sequences is not None  # the schema: both or none
-    mixture = Mixture(tabled.group(prepared.replay), None, fraction=0.0, seed=prepared.run.seed, shuffle=True)
+    mixture = tabled.apart(prepared.replay, seed=prepared.run.seed)
     loader = Loader(prepared.replay, mixture, sequences=chosen.sequences, **cut_of(prepared, world)._asdict())
     return Replay(
         loader,

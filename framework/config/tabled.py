@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from framework.config.stage import ONLINE, SUPERVISED
 from framework.data import answers, prompts
 from framework.data import tables as tokenised
-from framework.data.mixture import Group
+from framework.data.mixture import Group, Mixture
 from framework.data.prompts import PromptTable
 from framework.data.sources import Source
 from framework.data.tables import Table
@@ -86,6 +86,11 @@ def group(tables: Sequence[Table]) -> Group:
     weights = [table.weight for table in tables]
     given = [weight for weight in weights if weight is not None]
     return Group([table.trained for table in tables], given or None)
+
+
+def apart(tables: Sequence[Table], *, seed: int) -> Mixture:
+    """The stream of text that is a term of its own, beside what the stage learns from."""
+    return Mixture(group(tables), None, fraction=0.0, seed=seed, shuffle=True)
 
 
 def distinct(tables: Sequence[Table]) -> list[Table]:

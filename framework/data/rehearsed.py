@@ -89,6 +89,21 @@ def keep(
     return buffer.draw(measured, tokens=tokens, excluded=excluded)
 
 
+def named(table: Table, located: Located, rows: np.ndarray) -> dict[int, str]:
+    """Row -> the name by which it can be excluded; of one with nothing to imitate, the hash of the row."""
+    places = dict(zip(table.places(rows), rows.tolist(), strict=True))
+    last = max(places, default=(-1, -1))
+    found: dict[int, str] = {}
+    for placed in located.rows():
+        at = (placed.file, placed.line)
+        if at in places:
+            imitated = record(placed.value, table.format)
+            found[places[at]] = buffer.row_hash(placed.value if imitated is None else row_of(imitated))
+        if at >= last:
+            break
+    return found
+
+
 def _read(table: Table, located: Located, rows: np.ndarray) -> dict[int, Line]:
     """Row -> line of those that have something to imitate, in the order of `rows`."""
     places = dict(zip(table.places(rows), rows.tolist(), strict=True))

@@ -176,6 +176,21 @@ class Checkpointer:
             return found
         return self._verified(path)
 
+    def told(self) -> Manifest | None:
+        """What the newest checkpoint says of itself, None where there is none; its shards are not read.
+
+        Collective. Raises `CheckpointError` as `newest` does.
+        """
+        for path in self._entries(commit.COMMITTED):
+            try:
+                manifest = Manifest.decode(self._manifest(path).encode("latin-1"))
+            except DamagedError as error:
+                self._say(f"skipped a damaged checkpoint: {error}")
+                continue
+            self._expect(path, manifest)
+            return manifest
+        return None
+
     def _newest(self, directory: Path) -> Checkpoint | None:
         names = [path.name for path in self._entries(commit.COMMITTED, directory)]
         for name in self.world.broadcast(names):
@@ -192,15 +207,19 @@ class Checkpointer:
         mine = [problem for name in names if (problem := commit.damage(path, manifest, name))]
         if problems := [problem for rank in self.world.gather(mine) for problem in rank]:
             raise DamagedError("; ".join(problems))
+        self._expect(path, manifest)
+        same = path.parent.resolve() == self.directory.resolve()
+        self._step = manifest.step if same else -1
+        return Checkpoint(path, manifest)
+
+    def _expect(self, path: Path, manifest: Manifest) -> None:
+        """Raises `CheckpointError` for a checkpoint of another identity."""
         saved = {name: manifest.identity.get(name) for name in self.identity}
         if differences := list(_differences(saved, self.identity)):
             raise CheckpointError(
                 f"{path} belongs to another run: {'; '.join(differences[:5])}. Restore what it was made "
                 "with, or begin anew with another run_dir (or resume=never)"
             )
-        same = path.parent.resolve() == self.directory.resolve()
-        self._step = manifest.step if same else -1
-        return Checkpoint(path, manifest)
 
     def _manifest(self, path: Path) -> str:
         """The manifest's bytes as rank 0 reads and approves them, one character a byte."""

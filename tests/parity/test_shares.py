@@ -6,6 +6,10 @@ import ledger
 import pytest
 from ledger import KINDS, REHEARSED, SEQUENCES, STEPS, WEIGHTS
 
+from framework.config import build
+from framework.config.compose import compose
+from framework.config.consumed import Ledger
+
 USUAL = [
     (1, "ddp", False),
     (2, "ddp", True),
@@ -30,13 +34,19 @@ def train(tmp_path_factory, tiny_model_dir):
     place = ledger.files(tmp_path_factory.mktemp("shares"), tiny_model_dir)
     made = {}
 
-    def get(kind, size=1, strategy="ddp", packed=True):
-        key = (kind, size, strategy, packed)
+    def line(kind, size=1, strategy="ddp", packed=True):
+        run_dir = place / f"{kind}-{size}-{strategy}-{packed}"
+        spread = {"strategy": strategy, "launch__nproc": size, "data__packing": str(packed).lower()}
+        return run_dir, ledger.line(kind, place, tiny_model_dir, run_dir, **spread)
+
+    def get(*key):
         if key not in made:
-            run_dir = place / "-".join(map(str, key))
-            spread = {"strategy": strategy, "launch__nproc": size, "data__packing": str(packed).lower()}
-            made[key] = run_dir, ledger.run(size, ledger.line(kind, place, tiny_model_dir, run_dir, **spread))
+            run_dir, arguments = line(*key)
+            size = key[1] if len(key) > 1 else 1
+            made[key] = run_dir, ledger.run(size, arguments)
         return made[key]
+
+    get.line = line
 
     return get
 
@@ -100,3 +110,38 @@ def test_a_term_of_replay_takes_its_examples_whatever_its_coefficient(kind, trai
     amounts = [line["replay/coefficient"] for line in ledger.lines(run_dir, "retain")]
     assert len(set(amounts)) > 2
     assert any(entry.term == "" for step in steps for entry in step)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_of_a_run_names_the_rows_that_were_consumed(kind, train):
+    """Beside what the loop saw: every example of text, both answers of every pair, every question asked."""
+    key = (kind, 2, "ddp", True) if kind != "dpo" else (kind, 2, "fsdp", False)  # padded: no prompt is shared
+    _, steps = train(*key)
+    run = compose(train.line(*key)[1])
+    prepared = build.prepare(run)
+    tables = {table.name: table for table in (*prepared.tables, *prepared.replay)}
+    rows = {(name, table.where(row)): row for name, table in tables.items() for row in range(len(table))}
+    named, asked = [[] for _ in range(STEPS)], [[] for _ in range(STEPS)]
+    for entry in (found := Ledger(run)):
+        table, row = tables[entry.source], rows[entry.source, entry.place]
+        if kind == "sft" or entry.term == "replay":
+            ids, _ = table.example(row)
+            number = list(tables).index(entry.source) - len(prepared.tables) * (entry.term == "replay")
+            named[entry.step - 1].append((entry.term, number, tuple(ids.tolist())))
+        elif kind == "dpo":
+            judged = table.judged(row)
+            named[entry.step - 1] += [("", 0, (*judged.prompt.tolist(), *ids.tolist())) for ids in judged.ids]
+        else:
+            asked[entry.step - 1].append(tuple(table.example(row)[0].tolist()))
+    seen = [[entry[:3] for entry in step if kind != "ppo" or entry.term == "replay"] for step in steps]
+    assert list(map(Counter, named)) == list(map(Counter, seen))
+    assert found.steps == STEPS
+    if kind == "ppo":
+        begins = [step for step in range(STEPS) if asked[step]]
+        assert begins[0] == 0
+        assert len(begins) > 1
+        for first, after in zip(begins, [*begins[1:], STEPS], strict=True):
+            answers = [entry.tokens for step in steps[first:after] for entry in step if entry.term == ""]
+            for question in asked[first]:
+                assert any(tokens[: len(question)] == question for tokens in answers)
+            assert all(any(tokens[: len(q)] == q for q in asked[first]) for tokens in answers)

@@ -9,6 +9,9 @@ import ledger
 import pytest
 from ledger import KINDS, STEPS
 
+from framework.config.compose import compose
+from framework.config.consumed import Ledger
+
 KILLED = 4
 WHOLE = (2, "fsdp")
 """Ranks and strategy of the runs that were never stopped."""
@@ -23,11 +26,15 @@ def place(tmp_path_factory, tiny_model_dir):
 def run(place, tiny_model_dir):
     """The ledger of a run, from its newest checkpoint on."""
 
-    def get(kind, run_dir, size, strategy):
+    def line(kind, run_dir, size, strategy):
         spread = {"strategy": strategy, "launch__nproc": size}
         kept = {"checkpoint__every": KILLED, "checkpoint__keep": 2}
-        return ledger.run(size, ledger.line(kind, place, tiny_model_dir, run_dir, **spread, **kept))
+        return ledger.line(kind, place, tiny_model_dir, run_dir, **spread, **kept)
 
+    def get(kind, run_dir, size, strategy):
+        return ledger.run(size, line(kind, run_dir, size, strategy))
+
+    get.line = line
     return get
 
 
@@ -79,3 +86,11 @@ def test_another_world_goes_on_with_the_same_rows_and_the_same_moves(
         )
         assert len(ours) == STEPS
         assert ours == theirs
+    books = [
+        Ledger(compose(run.line(kind, where, *how)))
+        for where, how in ((again, (size, strategy)), (there, WHOLE))
+    ]
+    ours, theirs = map(list, books)
+    assert ours == theirs
+    assert books[0].digest == books[1].digest
+    assert {row.term for row in ours} == ({""} if kind == "sft" else {"", "replay"})
