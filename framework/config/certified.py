@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from framework.config.certify import BOUNDS, Found
+from framework.config.certify import BOUND, GRADIENT, NAMES, TIMES, Found
 
-NAMES = ("loss", "gradient", "weights")
 COMPARED = ("agrees", "disagrees")
 
 HEAD = """# Certificate: one run, however it is spread
@@ -32,17 +31,21 @@ transformers and torch, an example at a time; for other stages our own run. The 
 60,000 parameters, the data are uneven and partly masked, gradients are clipped at norm 1. Answers of PPO and
 GRPO are written in the run, and in fp32 they must be the same token by token.
 
-- **loss**: the largest difference of any of the ten steps, over the largest loss of the run. At most
-  {fp32[loss]:.0e} in fp32, {bf16[loss]:.0e} in bf16.
+- **loss**: the largest difference of any of the ten steps, over the largest loss of the run.
 - **gradient**: of the first step, before clipping, which would hide a wrong scale: norm of the difference
-  over norm of the gradient. At most {fp32[gradient]:.0e} in fp32, {bf16[gradient]:.0e} in bf16.
+  over norm of the gradient.
 - **weights**: what is trained, after ten updates of AdamW: norm of the difference over norm of the weights.
-  At most {fp32[weights]:.0e} in fp32, {bf16[weights]:.0e} in bf16.
 
-Two right programs add in different orders, and fp32 rounds each sum to 6e-8 of its terms. AdamW then divides
-a gradient by its own size: where an entry's gradient is nothing but that rounding, its step is of full size
-in a random direction. At AdamW's usual eps of 1e-8 right programs drift apart for this reason alone; the
-certificate takes 1e-6, which leaves the step of every gradient well above it as it is.
+In fp32 each is at most {bound:.0e}. Two right programs add in different orders, and fp32 rounds each sum to
+6e-8 of its terms. AdamW then divides a gradient by its own size: where an entry's gradient is nothing but
+that rounding, its step is of full size in a random direction. At AdamW's usual eps of 1e-8 right programs
+drift apart for this reason alone; the certificate takes 1e-6, which leaves the step of every gradient well
+above it as it is.
+
+In bf16, too, a cell is compared with fp32, so with rounding itself. How far that alone takes a run says one
+process in bf16 that spreads, packs and cuts nothing, and a cell may be at most {times:g} times as far; a
+first gradient at most {gradient:.0e} in any case. What is trained of an adapter is nothing but what was
+learnt, so its weights are further apart than those of a whole model, of which most was there before.
 """
 
 
@@ -61,7 +64,7 @@ def markdown(found: Sequence[Found], *, command: Sequence[str]) -> str:
     said = Counter(one.verdict for one in found)
     minutes = sum(one.seconds for one in found) / 60
     lines = [
-        HEAD.format(command=shlex.join(["python", *command]), **BOUNDS),
+        HEAD.format(command=shlex.join(["python", *command]), bound=BOUND, times=TIMES, gradient=GRADIENT),
         "## Result",
         "",
         f"{len(found)} cells in {minutes:.0f} minutes: "
@@ -80,6 +83,11 @@ def markdown(found: Sequence[Found], *, command: Sequence[str]) -> str:
         largest = [max(one.differences[name] for one in here) for name in NAMES]
         marked = "" if precision == "fp32" else f" ({precision})"
         numbers = " | ".join(f"{value:.0e}" for value in largest)
+        if precision != "fp32":
+            numbers = " | ".join(
+                f"{value:.1e} of {here[0].bounds[name]:.1e}"
+                for name, value in zip(NAMES, largest, strict=True)
+            )
         lines.append(f"| {stage} | {strategy} | {adapter}{marked} | {len(here)} | {numbers} |")
     for title, verdicts in (
         ("Refused", ("refused",)),

@@ -81,6 +81,17 @@ def test_a_planted_error_is_caught(planted, certificate):
     assert found.differences["gradient"] > 9e-5
 
 
+def test_in_bf16_spreading_adds_nothing_to_rounding(certificate):
+    """A spread run is about as far from fp32 as a single process in bf16, and a planted error is further."""
+    cell = Cell("dpo", "zero3", "lora", True, True, 2, "bf16")
+    (found,) = certificate.run([cell])
+    assert found.verdict == "agrees", found
+    assert all(0 < found.differences[name] <= found.bounds[name] for name in certify.NAMES)
+    (found,) = certificate.run([Cell("dpo", "ddp", "lora", True, True, 2, "bf16")], averaging)
+    assert found.verdict == "disagrees"
+    assert "gradient" in found.why
+
+
 def test_what_the_configuration_refuses_is_no_failure(certificate):
     (found,) = certificate.run([Cell("grpo", "fsdp", "dora", True, True, 2)])
     assert found.verdict == "refused"
@@ -126,7 +137,7 @@ def test_the_command_ends_with_one_where_a_cell_disagrees(monkeypatch, tmp_path)
         for number, cell in enumerate(wanted):
             verdict = "disagrees" if number == spoilt else "agrees"
             differences = dict.fromkeys(certified.NAMES, 2e-5 if number == spoilt else 1e-7)
-            yield certify.Found(cell, verdict, differences, "loss is apart" * (number == spoilt), 1.0)
+            yield certify.Found(cell, verdict, differences, why="loss is apart" * (number == spoilt))
 
     monkeypatch.setattr(certify.Certificate, "run", given)
     some = ["--stages", "sft", "--strategies", "ddp", "--page", str(tmp_path / "page.md")]
