@@ -124,11 +124,9 @@ class Ledger:
             size = run.batch.sequences
             yield from (Stretch(s + 1, "", s * size, (s + 1) * size) for s in range(self.steps))
             return
-        asked = 0
         for line in jsonl.read(Path(run.run_dir) / "metrics.jsonl"):
-            if line["kind"] == "rollout" and asked < line["data_index"] <= self._own["index"]:
-                yield Stretch(line["step"] + 1, "", asked, line["data_index"])
-                asked = line["data_index"]
+            if line["kind"] == "rollout" and (stop := line["data_index"]) <= self._own["index"]:
+                yield Stretch(line["step"] + 1, "", stop - line["prompts_drawn"], stop)
 
     def _rehearsed(self) -> Iterator[Stretch]:
         """What each step took of the stream of replay."""

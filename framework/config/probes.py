@@ -61,6 +61,7 @@ class Probes:
     left_out: Mapping[str, int]  # built-in rows by reason
     budgeted: tuple[str, ...]  # strata that a budget of forgetting binds
     asked: Mapping[str, int]  # questions by stratum
+    answering: float = 0.0  # what answering these takes at most, as `cost`; it is no part of that
     doubts: tuple[str, ...] = ()  # why a budget cannot be kept, whatever is trained
 
     @property
@@ -78,7 +79,10 @@ class Probes:
         )
         if self.asked:
             asked = ", ".join(f"{name} {count}" for name, count in self.asked.items())
-            text += f", and besides by answers to the questions {asked}"
+            text += (
+                f", and besides by answers to the questions {asked}: at most {self.answering:.2g} more, "
+                "counted in tokens, which are slower to write than to read"
+            )
         if self.left_out:
             out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
             text += f"; of the built-in rows left out: {out}"
@@ -129,10 +133,13 @@ def prepare(
     if not (found or asked):
         return None
     strata = list(found.values())
+    work = FORWARDS * _tokens_per_step(run, trained) * steps
+    afforded = _afford(run, strata, steps, work, left_out)
     return replace(
-        _afford(run, strata, steps, _tokens_per_step(run, trained), left_out),
+        afforded,
         budgeted=_budgeted(run, tuple(table.name for table in given) or tuple(found), found, asked),
         asked=asked,
+        answering=_answered(run, questions, afforded.cadence) / work,
         doubts=tuple(_doubts(run, asked)),
     )
 
@@ -236,17 +243,16 @@ def _afford(
     run: Run,
     strata: list[Watched],
     steps: int,
-    tokens_per_step: float,
+    work: float,
     left_out: Mapping[str, int],
 ) -> Probes:
-    """As many rows and looks as `retain.cost` pays for; first looks are given up, then rows.
+    """As many rows and looks as `retain.cost` of the `work` pays for; first looks are given up, then rows.
 
     A budget needs them all: it is held by what is measured, whatever that costs.
     """
     bound = run.replay.max_forgetting is not None
     if not strata:  # questions alone
         return Probes((), _cadence(run, steps, 2 * SPREAD), 0.0, left_out, (), {})
-    work = FORWARDS * tokens_per_step * steps
     most = max(len(stratum.rows) for stratum in strata)
     if run.retain.rows is not None:
         options = [run.retain.rows]
@@ -264,6 +270,17 @@ def _afford(
     cadence = _cadence(run, steps, max(looks, 2 * SPREAD) if bound else looks)
     cost = (cadence.looks() + 1) * sum(stratum.tokens for stratum in chosen) / work
     return Probes(chosen, cadence, cost, left_out, (), {})
+
+
+def _answered(run: Run, questions: Sequence[PromptTable], cadence: Cadence) -> float:
+    """Tokens of all questions and their answers, these as long as they may be, each time they are asked.
+
+    The start model is asked twice, what becomes of it at some looks and at the end.
+    """
+    times = 2 + cadence.number(cadence.steps - 1) // run.retain.ask_every + 1
+    return times * sum(
+        float(table.lengths.sum()) + len(table) * run.rollout.max_new_tokens for table in questions
+    )
 
 
 def _cadence(run: Run, steps: int, affordable: float) -> Cadence:

@@ -159,7 +159,10 @@ def asking(prepare, *more, again=GENERAL):
 def test_questions_are_bound_by_a_budget_of_accuracy_and_nothing_else_is(prepare):
     probes = asking(prepare, "replay.max_forgetting=0.05")
     assert (probes.budgeted, probes.asked, probes.doubts) == (("sums",), {"sums": 100}, ())
-    assert "besides by answers to the questions sums 100" in probes.told()
+    assert "besides by answers to the questions sums 100: at most" in probes.told()
+    often = asking(prepare, "replay.max_forgetting=0.05", "retain.ask_every=1")
+    assert often.answering > 2 * probes.answering > 0
+    assert often.cost == probes.cost
     with pytest.raises(ConfigError, match=r"no questions of the name smus.*{sums: 0.1}"):
         asking(prepare, "replay.max_forgetting={smus: 0.1}")
     with pytest.raises(
