@@ -51,6 +51,9 @@ class Row:
 class Ledger:
     """All rows of a run up to its newest checkpoint, in the order of the steps. Iterates over `Row`.
 
+    `steps` are those up to there. `digest`, known when all rows were asked for, is of these and their order
+    and not of where they stood: two runs with the same one consumed the same.
+
     Reads the run's data as the run did, so anything that has changed since is refused: raises UserError,
     and CheckpointError where there is no checkpoint or one of other data.
     """
@@ -63,7 +66,7 @@ class Ledger:
                 f"{run.run_dir}: no checkpoint, so nothing says how far the run came; expected checkpoints/, "
                 "where a run writes one at its end at the latest"
             )
-        self.steps = told.step
+        self.steps, self.digest = told.step, ""
         self._state = told.state["stage"]
 
     def __iter__(self) -> Iterator[Row]:
@@ -76,8 +79,6 @@ class Ledger:
                 digest.update(f"{stretch.step} {stretch.term} {table.name} {name}\n".encode())
                 yield Row(stretch.step, stretch.term, table.name, table.where(row), name, epoch)
         self.digest = digest.hexdigest()
-        """Of all rows and their order, and not of where they stood: two runs with the same consumed the same.
-        Known when all were asked for."""
 
     def _taken(self) -> Iterator[tuple[Stretch, np.ndarray]]:
         """(stretch, [3, its examples]: table, row, epoch), replay as a term of its own after each step's."""
