@@ -70,6 +70,8 @@ ARMS: dict[str, list[str]] = {
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
     "both-45-start": replay(0.45, RECORDS, DIALOGUES, kind="start"),
     "slower": SLOWER,
+    "both-20-start-slower": [*replay(0.2, RECORDS, DIALOGUES, kind="start"), *SLOWER, "steps=34"],
+    "both-30-start-slower": [*replay(0.3, RECORDS, DIALOGUES, kind="start"), *SLOWER],
     "both-45-start-slower": [*replay(0.45, RECORDS, DIALOGUES, kind="start"), *SLOWER],
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
