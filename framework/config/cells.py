@@ -161,11 +161,9 @@ def line(cell: Cell, place: Path, model: Path, *, device: str) -> list[str]:
     return arguments(cell.stage, place, model, **changes)
 
 
-def reference(cell: Cell, *, precision: str = "fp32") -> Cell:
-    """What `cell` is compared with: one process, nothing spread, nothing cut, nothing packed."""
-    return Cell(
-        cell.stage, "ddp", cell.adapter, packing=False, accumulation=False, ranks=1, precision=precision
-    )
+def reference(cell: Cell) -> Cell:
+    """What `cell` is compared with: one process, nothing spread, nothing cut, nothing packed, fp32."""
+    return Cell(cell.stage, "ddp", cell.adapter, packing=False, accumulation=False, ranks=1)
 
 
 def every(

@@ -43,9 +43,10 @@ drift apart for this reason alone; the certificate takes 1e-6, which leaves the 
 above it as it is.
 
 In bf16, too, a cell is compared with fp32, so with rounding itself. How far that alone takes a run says one
-process in bf16 that spreads, packs and cuts nothing, and a cell may be at most {times:g} times as far; a
-first gradient at most {gradient:.0e} in any case. What is trained of an adapter is nothing but what was
-learnt, so its weights are further apart than those of a whole model, of which most was there before.
+process in bf16 that spreads nothing, the furthest of packed, padded, whole and cut, and a cell may be at most
+{times:g} times as far; a first gradient at most {gradient:.0e} in any case. What is trained of an adapter is
+nothing but what was learnt, so its weights are further apart than those of a whole model, of which most was
+there before.
 """
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ BOUND = 1e-5
 1e-6, or entries whose gradient is rounding alone would take full steps."""
 
 TIMES = 2.0
-"""In bf16 a cell may be that many times as far from the fp32 reference as one process in bf16 that spreads,
-packs and cuts nothing: whatever is lost beyond that is lost by spreading. Where AdamW turns rounding into
-steps, right programs are not equally far from the truth, but about."""
+"""In bf16 a cell may be that many times as far from the fp32 reference as one process in bf16 that spreads
+nothing (the furthest of packed, padded, whole and cut): what is lost beyond that is lost by spreading. Where
+AdamW turns rounding into steps, right programs are not equally far from the truth, but about."""
 
 GRADIENT = 5e-2
 """In bf16 no first gradient is further from that of fp32, alone or not: 8 bits of mantissa, some layers."""
@@ -113,12 +114,16 @@ class Certificate:
 
     def _rounded(self, cell: Cell, expected: Mapping[str, Any]) -> Mapping[str, float]:
         """How far from fp32 a cell of less precision may be, by what one process of that precision is."""
-        alone = cells.reference(cell, precision=cell.precision)
-        if alone not in self._bounds:
-            apart = differences(self._measured(alone, measured.measure), expected)
-            bounds = {name: TIMES * value for name, value in apart.items()}
-            self._bounds[alone] = bounds | {"gradient": min(bounds["gradient"], GRADIENT)}
-        return self._bounds[alone]
+        kind = cells.reference(cell)
+        if kind not in self._bounds:
+            alone = [
+                replace(kind, precision=cell.precision, packing=packing, accumulation=accumulation)
+                for packing, accumulation in product((False, True), repeat=2)
+            ]
+            apart = [differences(self._measured(one, measured.measure), expected) for one in alone]
+            bounds = {name: TIMES * max(each[name] for each in apart) for name in NAMES}
+            self._bounds[kind] = bounds | {"gradient": min(bounds["gradient"], GRADIENT)}
+        return self._bounds[kind]
 
     def _measured(self, cell: Cell, measure: Measure) -> list[dict[str, Any]]:
         line = cells.line(cell, self._place, self._model, device=self._device)
