@@ -19,6 +19,9 @@ MILLION_BYTES = 1 << 20  # what is smaller stays in memory
 def place(tmp_path_factory):
     """Files, and a model whose matrices are large enough to be swapped."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault(
+        "MAX_JOBS", "1"
+    )  # compilers at a time: each takes a core and a gigabyte from other tests
     builders = pytest.importorskip("deepspeed.ops.op_builder")
     if not builders.AsyncIOBuilder().is_compatible():
         pytest.skip("libaio and its headers are not here: apt install libaio-dev")
