@@ -59,8 +59,17 @@ def test_a_row_is_found_by_the_hash_that_excludes_it(trained, tmp_path):
 def test_rows_of_the_buffer_that_a_run_left_have_the_same_hashes(trained, tmp_path):
     _, lines, _ = consumed(trained / "run", cwd=tmp_path)
     left = buffer.read(trained / "run/buffer")
-    kept = {row["row"] for stratum in left.strata for row in buffer.lines(trained / "run/buffer", stratum)}
-    assert {line["row"] for line in lines} & kept
+    kept = [row for stratum in left.strata for row in buffer.lines(trained / "run/buffer", stratum)]
+    places = {row["from"]: row["row"] for row in kept}
+    both = [line for line in lines if line["place"].rpartition("/")[2] in places]
+    assert len(both) > len(lines) / 2
+    assert all(line["row"] == places[line["place"].rpartition("/")[2]] for line in both)
+
+
+def test_a_place_that_cannot_be_written_is_refused(trained, tmp_path):
+    status, lines, said = consumed(trained / "run", "--out", "nowhere/rows.jsonl", cwd=tmp_path)
+    assert (status, lines) == (2, [])
+    assert said.splitlines()[-1].startswith("error: nowhere/rows.jsonl: No such file or directory")
 
 
 def test_a_changed_file_is_refused_by_name(trained, tmp_path):
