@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from framework.config.certify import BOUND, GRADIENT, NAMES, TIMES, Found
+from framework.config.certify import BOUND, MOST, NAMES, TIMES, Found
 
 COMPARED = ("agrees", "disagrees")
 
@@ -44,9 +44,9 @@ above it as it is.
 
 In bf16, too, a cell is compared with fp32, so with rounding itself. How far that alone takes a run says one
 process in bf16 that spreads nothing, the furthest of packed, padded, whole and cut, and a cell may be at most
-{times:g} times as far; a first gradient at most {gradient:.0e} in any case. What is trained of an adapter is
-nothing but what was learnt, so its weights are further apart than those of a whole model, of which most was
-there before.
+{times:g} times as far; a first gradient at most {most[gradient]:.0e} in any case, and under full fine-tuning
+losses at most {most[loss]:.0e} and weights {most[weights]:.0e}. What is trained of an adapter is nothing but
+what was learnt, so its weights are further apart than those of a whole model, of which most was there before.
 """
 
 
@@ -65,7 +65,7 @@ def markdown(found: Sequence[Found], *, command: Sequence[str]) -> str:
     said = Counter(one.verdict for one in found)
     minutes = sum(one.seconds for one in found) / 60
     lines = [
-        HEAD.format(command=shlex.join(["python", *command]), bound=BOUND, times=TIMES, gradient=GRADIENT),
+        HEAD.format(command=shlex.join(["python", *command]), bound=BOUND, times=TIMES, most=MOST),
         "## Result",
         "",
         f"{len(found)} cells in {minutes:.0f} minutes: "

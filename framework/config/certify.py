@@ -32,8 +32,9 @@ TIMES = 2.0
 nothing (the furthest of packed, padded, whole and cut): what is lost beyond that is lost by spreading. Where
 AdamW turns rounding into steps, right programs are not equally far from the truth, but about."""
 
-GRADIENT = 5e-2
-"""In bf16 no first gradient is further from that of fp32, alone or not: 8 bits of mantissa, some layers."""
+MOST = {"loss": 2e-2, "gradient": 5e-2, "weights": 2e-2}
+"""In bf16 no run of full fine-tuning may be further from fp32, alone or not, nor an adapter's first gradient:
+8 bits of mantissa, some layers. What an adapter holds is nothing but what was learnt, rounding included."""
 
 PATIENCE_S = 600
 """For one cell: many times what the slowest takes, and an end to one that hangs."""
@@ -122,7 +123,8 @@ class Certificate:
             ]
             apart = [differences(self._measured(one, measured.measure), expected) for one in alone]
             bounds = {name: TIMES * max(each[name] for each in apart) for name in NAMES}
-            self._bounds[kind] = bounds | {"gradient": min(bounds["gradient"], GRADIENT)}
+            capped = NAMES if cell.adapter == "full" else ("gradient",)
+            self._bounds[kind] = bounds | {name: min(bounds[name], MOST[name]) for name in capped}
         return self._bounds[kind]
 
     def _measured(self, cell: Cell, measure: Measure) -> list[dict[str, Any]]:
