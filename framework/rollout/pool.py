@@ -35,6 +35,7 @@ SUPPLIED = ("answer", "row", "tokens", "finished", "answers", "rows")
 
 LONGEST_LINE = 1 << 20  # bytes of an answer from a process; more is garbage
 START_S = 120.0  # imports may be slow on a busy machine
+GONE_S = 5.0  # longest wait for the kernel to take away what was killed
 BATCH = 32  # answers in a call of a batched reward: a failed call fails them all
 
 
@@ -269,6 +270,7 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
+        _until_gone(self.process.pid)
         os.close(self.ended)
         self.socket.close()
         shutil.rmtree(self.home, ignore_errors=True)
@@ -326,6 +328,24 @@ def _environment(home: str) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**kept, **quiet, "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"}
+
+
+def _until_gone(group: int) -> None:
+    """Wait for the processes of a killed group: its leader was waited for, and what that forked is not ours
+    to wait for. Without a /proc, as soon as the leader is gone."""
+    deadline = time.monotonic() + GONE_S
+    while _alive(group) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group runs; one that only waits to be reaped does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _end_all(workers: list[_Worker]) -> None:
