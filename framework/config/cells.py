@@ -28,6 +28,15 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
         "stage.sft_share": 0.25,
         "optim.lr": 5e-3,
     },
+    "gkd": {
+        "stage": "distill",
+        "loss": "jsd",
+        "data": "chats",
+        "stage.top_k": "null",
+        "stage.own_share": 0.5,
+        "rollout.temperature": 0.9,
+        "optim.lr": 5e-3,
+    },
     "reward": {"stage": "reward", "data": "pairs"},
     "dpo": {"stage": "preference", "data": "pairs", "loss.beta": 0.5},
     "kto": {"stage": "preference", "data": "labelled", "loss": "kto", "loss.beta": 0.5},
@@ -65,7 +74,7 @@ STAGES: Mapping[str, Mapping[str, Any]] = {
 }
 """By name: the overrides of a run on the files of `specimens`; `data` names one of them."""
 
-WRITING = ("ppo", "grpo", "on_policy")
+WRITING = ("gkd", "ppo", "grpo", "on_policy")
 """Stages that learn from answers which they write themselves."""
 
 STRATEGIES = tuple(sorted(path.stem for path in (CONF / "strategy").glob("*.yaml")))

@@ -8,7 +8,7 @@ import pytest
 import stage_recipes
 
 AT_FOUR = {"reward": "ddp", "dpo": "zero3", "kto": "fsdp", "ppo": "fsdp", "grpo": "ddp"}
-AT_FOUR |= {"distill": "fsdp", "on_policy": "zero3"}
+AT_FOUR |= {"distill": "fsdp", "gkd": "ddp", "on_policy": "zero3"}
 CELLS = [
     pytest.param(kind, size, strategy, marks=pytest.mark.slow)
     if size == 4 and AT_FOUR[kind] != strategy
@@ -73,7 +73,8 @@ def test_the_curves_are_worth_comparing(kind, alone):
         assert max(line["approx_kl"] for line in run["lines"]) > 1e-4
         assert all(rollout["reward_std"] > 0.1 for rollout in run["rollouts"])
     else:
-        assert last["loss"] < 0.8 * first["loss"]
+        fallen = 0.9 if kind == "gkd" else 0.8  # which is asked something else in every step: its own answers
+        assert last["loss"] < fallen * first["loss"]
     if kind == "kto":
         assert max(line["baseline"] for line in run["lines"]) > 0
 
