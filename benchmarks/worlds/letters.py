@@ -34,6 +34,10 @@ ARMS: dict[str, list[str]] = {
     "interpolate-0.1": ["protect=interpolate", "replay.max_forgetting=0.1"],
     "replay-2-half-way": ["replay=fixed", REPLAY, "replay.fraction=0.02", "protect.interpolate=0.5"],
     **{f"budget-{b}": ["replay=budget", REPLAY, f"replay.max_forgetting={b}"] for b in BUDGETS},
+    **{
+        f"budget-{b}-back": ["replay=budget", REPLAY, f"replay.max_forgetting={b}", "protect=interpolate"]
+        for b in BUDGETS
+    },
 }
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")

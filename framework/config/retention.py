@@ -55,7 +55,10 @@ def build_watch(
         replay = prepared.run.replay
         steer = stage.steer if replay.sources else None
         rate = build.learning_rate(prepared)
-        decide = Steering(replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate)
+        landing = prepared.run.protect.interpolate == "budget"
+        decide = Steering(
+            replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate, landing=landing
+        )
     objective = AgainstStart(vocabulary=prepared.description.vocab_size)
     questions = build_questions(prepared, world, engine, rollout)
     return Retention(engine, probe, objective, probes.cadence, questions=questions, decide=decide, told=told)

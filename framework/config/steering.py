@@ -14,6 +14,7 @@ from framework.train.retain import Found, relative
 from framework.train.trainer import Report
 
 LEAST_RATE = 0.1  # of the highest: what is forgotten hardly depends on smaller ones
+BEYOND = 2.0  # budgets that are aimed at where the end of the run goes back to one
 NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
 
 
@@ -22,8 +23,10 @@ class Steering:
 
     `names` are the kinds of text that a budget binds, one for all or each its own; the controller is told
     parts of it. `steer` sets the amount of replay; None where nothing is replayed, and the budget is judged
-    only. `rate` is the learning rate of each step; None where it does
-    not change. Decided on rank 0 and broadcast, state and all, so that no rank can differ.
+    only. `rate` is the learning rate of each step; None where it does not change. A run that is `landing`
+    goes back towards its start at its end until the budget is kept (`train.interpolate`): it may end beyond,
+    and is steered to, since a way back can use a budget up and a way on cannot. Decided on rank 0 and
+    broadcast, state and all, so that no rank can differ.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Steering:
         *,
         steps: int,
         rate: Callable[[int], float] | None = None,
+        landing: bool = False,
     ) -> None:
         assert asked.max_forgetting is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
@@ -43,7 +47,8 @@ class Steering:
         self.budgets = {name: self._inside(budgets[name]) for name in names}
         start, most = (1.0, 1.0) if steer is None else (asked.start, asked.most or asked.start)
         falls = _falls(rate, steps) if rate is not None else _stays
-        self.controller = Controller(Rules(budget=1.0, start=start, most=most, rate=falls))
+        aim = BEYOND if landing else Rules.aim
+        self.controller = Controller(Rules(budget=1.0, start=start, most=most, aim=aim, rate=falls))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from framework.train.schedule import schedule
 WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.dumps(value)))
 
 
-def steering(*, steps=100, names=("chat", "code"), rate=None, **changes):
+def steering(*, steps=100, names=("chat", "code"), rate=None, landing=False, **changes):
     """(Steering, amounts it set)."""
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
     asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
@@ -24,7 +24,7 @@ def steering(*, steps=100, names=("chat", "code"), rate=None, **changes):
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
     steer = amounts.append if replay.sources else None
-    return Steering(replay, names, steer, WORLD, steps=steps, rate=rate), amounts
+    return Steering(replay, names, steer, WORLD, steps=steps, rate=rate, landing=landing), amounts
 
 
 def changes(chat, code=0.0, half=0.001, rows=64):
@@ -51,6 +51,19 @@ def test_nothing_moves_before_training_and_every_move_says_why():
     assert 0.1 < amount < 0.3
     for said in ("up from 10.00%", f"to {amount:.2%}", "chat has forgotten up to 5.23%", "budget is 2.00%"):
         assert said in line["message"]
+
+
+def test_a_run_that_goes_back_at_its_end_is_steered_beyond_its_budget_and_judged_by_it():
+    """A budget and a half: more replay where this is the end, less where there is a way back."""
+    moved = {}
+    for landing in (False, True):
+        steer, amounts = steering(landing=landing)
+        for step in range(90, 98, 2):
+            look(steer, step, changes(0.03), QUIET)
+        moved[landing] = amounts[-1]
+        ((_, said),) = look(steer, 100, changes(0.03), QUIET)[1]
+        assert said["verdict"] == "infeasible"
+    assert moved[True] < 0.1 < moved[False]
 
 
 def test_what_cannot_be_met_is_said_while_there_is_time_and_at_the_end():

@@ -104,6 +104,22 @@ def test_the_share_that_was_asked_for_is_the_share_that_was_replayed(world, held
     assert sum("up" in move["message"] for move in moves) >= 1
 
 
+def test_five_budgets_are_kept_and_used_up_where_the_end_may_go_back(world):
+    """Within a fifth of what was asked: more is forgotten while training, and given back. A run that ends
+    within its budget has no way on, so one of the five may use less."""
+    used = {}
+    for budget in (0.05, 0.1, 0.2, 0.3, 0.5):
+        kept, result = arm(
+            world, f"back-{budget}", *BUDGET, "protect=interpolate", f"replay.max_forgetting={budget}"
+        )
+        assert result["budget"]["verdict"] in ("kept", "kept by interpolation")
+        used[budget] = result["retention"]["skills"]["relative_high"] / budget  # of what was handed out
+        assert used[budget] <= 1
+        assert kept["held"] >= 0.97
+        assert result["budget"]["mean_replay"] < 0.06
+    assert sorted(used.values())[1] >= 0.8, used
+
+
 def test_facts_that_cannot_be_replayed_make_the_budget_infeasible(world):
     kept, result = arm(
         world, "infeasible", *BUDGET, "replay.max_forgetting=0.05", watched=("skills", "facts")
