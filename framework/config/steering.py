@@ -42,6 +42,7 @@ class Steering:
     ) -> None:
         assert asked.max_forgetting is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
+        self.landing = landing
         given = asked.max_forgetting
         budgets = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
         self.budgets = {name: self._inside(budgets[name]) for name in names}
@@ -64,7 +65,7 @@ class Steering:
         if step == 0:  # nothing was trained, so nothing can be forgotten yet
             return metrics, self._doubts(readings, found)
         if step == self.steps:
-            return metrics, [self._judge(found)]
+            return metrics, [self._judge(found, last=not self.landing)]
         if self.steer is None or not readings:  # no question was asked
             return metrics, []
         mine = None
@@ -79,9 +80,10 @@ class Steering:
             self.steer(decision.amount)
             lines.append(("event", {"message": self._moved(decision, readings)}))
         if decision.infeasible:
+            how = " by replay alone, and the end will go back" if self.landing else ""
             message = (
-                f"the forgetting budget cannot be met: {self._worst(decision.binding, readings)}, though "
-                f"{self._word()} is {self._amount(decision.amount)}, its most. {self._advice()}"
+                f"the forgetting budget cannot be met{how}: {self._worst(decision.binding, readings)}, "
+                f"though {self._word()} is {self._amount(decision.amount)}, its most. {self._advice()}"
             )
             lines.append(("event", {"message": message}))
         return metrics, lines
@@ -180,6 +182,7 @@ class Steering:
             f"{self._word()} goes {word} from {self._amount(decision.before)} to "
             f"{self._amount(decision.amount)}: {self._worst(decision.binding, readings)}, the budget is "
             f"{self._shown(self.budgets[decision.binding or self.names[0]])}"
+            + (", which the end of the run goes back to" if self.landing else "")
         )
 
     def _doubts(self, readings: Mapping[str, Reading], found: Found) -> list[Report]:
@@ -199,7 +202,8 @@ class Steering:
             lines.append(("event", {"message": message}))
         return lines
 
-    def _judge(self, found: Found) -> Report:
+    def _judge(self, found: Found, *, last: bool = True) -> Report:
+        """By what was found now; not `last` where the way back is still to be walked."""
         readings = self._readings(found)
         verdict = self.controller.verdict(self._parts(readings))
         mean = self.spent / max(self.steps, 1)
@@ -214,13 +218,15 @@ class Steering:
             "unit": self.asked.unit,
             "mean_replay": mean if self.steer is not None else 0.0,
             "last_replay": self.controller.state.amount if self.steer is not None else 0.0,
-            "message": self._verdict(verdict, readings, mean, found),
+            "message": self._verdict(verdict, readings, mean, found, last=last),
         }
         if isinstance(given, Mapping):
             self.judged["budgets"] = dict(given)
         return "event", self.judged
 
-    def _verdict(self, verdict: Verdict, readings: Mapping[str, Reading], mean: float, found: Found) -> str:
+    def _verdict(
+        self, verdict: Verdict, readings: Mapping[str, Reading], mean: float, found: Found, *, last: bool
+    ) -> str:
         budget, worst = self._budget, self._worst(verdict.binding, readings)
         used = f"with {self._word()} at {self._amount(mean)} on average"
         if verdict.status == "kept":
@@ -228,6 +234,8 @@ class Steering:
         assert verdict.binding is not None
         if verdict.status == "unresolvable":
             return f"{budget} not resolved: {self._needs(verdict.binding, readings, found)}"
+        if not last:
+            return f"{budget} not kept by the tuned weights: {worst}; going back towards the start weights"
         if self.steer is None:
             return f"{budget} infeasible: {worst}, and nothing was replayed. {self._advice()}"
         at = self.controller.state.amount
