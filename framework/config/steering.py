@@ -235,7 +235,7 @@ class Steering:
         if verdict.status == "unresolvable":
             return f"{budget} not resolved: {self._needs(verdict.binding, readings, found)}"
         if not last:
-            return f"{budget} not kept by the tuned weights: {worst}; going back towards the start weights"
+            return f"{budget} not kept by the tuned weights, where the way back begins: {worst}"
         if self.steer is None:
             return f"{budget} infeasible: {worst}, and nothing was replayed. {self._advice()}"
         at = self.controller.state.amount

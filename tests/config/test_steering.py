@@ -63,10 +63,10 @@ def test_a_run_that_goes_back_at_its_end_is_steered_beyond_its_budget_and_judged
         moved[landing] = amounts[-1]
         ((_, said),) = look(steer, 100, changes(0.03), QUIET)[1]
         assert said["verdict"] == "infeasible"
-        assert ("going back towards the start weights" in said["message"]) is landing
+        assert ("where the way back begins" in said["message"]) is landing
     _, last = steer.judge(Found(changes(0.03), QUIET, {}), share=1.0)  # no point on the way back keeps it
     assert "infeasible" in last["message"]
-    assert "going back" not in last["message"]
+    assert "way back" not in last["message"]
     assert moved[True] < 0.1 < moved[False]
 
 
