@@ -78,8 +78,8 @@ def train(place, model, run_dir, data, *settings):
             "data.max_length=64",
             "trusted_packages=[wicked]",
             "reward.functions=[{_target_: wicked.judge}]",
-            "reward.timeout_s=0.5",
-            "reward.memory_mib=256",
+            "reward.timeout_s=1",
+            "reward.memory_mib=64",  # soon eaten, also beside other tests
             "reward.workers=1",
             f"stage.prompts={PROMPTS}",
             f"rollout.samples={SAMPLES}",
