@@ -95,7 +95,8 @@ class Crew:
                     good, value = connection.recv()
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(5)
-                    good, value = False, f"process died, exit code {self.processes[rank].exitcode}"
+                    died = f"process died, exit code {self.processes[rank].exitcode}"
+                    good, value = False, f"{died}\n{self._written(rank)}"
                 if good:
                     results[rank] = value
                 else:
@@ -126,6 +127,10 @@ class Crew:
         """Where a silent rank is: its Python stack."""
         os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
         time.sleep(0.3)
+        return self._written(rank)
+
+    def _written(self, rank: int) -> str:
+        """The Python stacks that a rank has left, asked for or at a crash in native code."""
         return Path(self._stack_file(rank)).read_text()
 
 
@@ -143,6 +148,7 @@ def _serve(
     gc.freeze()  # what was imported stays: collecting after a call need not look at it
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
+        faulthandler.enable(file=stacks)
         world = connect(device, timeout_s=silence_s)
         while True:
             try:

@@ -23,6 +23,12 @@ def dies_on_rank_one(world):
     world.barrier()
 
 
+def crashes_on_rank_one(world):
+    if world.rank == 1:
+        signal.raise_signal(signal.SIGSEGV)
+    world.barrier()
+
+
 def hangs_on_rank_zero(world):
     if world.rank == 0:
         signal.pause()
@@ -51,6 +57,13 @@ def test_a_crash_is_reported_and_the_next_run_works():
     with pytest.raises(workers.WorkerError, match="rank 1 of 2: process died, exit code -9"):
         workers.run(2, dies_on_rank_one)
     assert workers.run(2, doubles, 1) == [(0, 2, 2.0), (1, 2, 2.0)]
+
+
+def test_a_crash_in_native_code_shows_where():
+    with pytest.raises(
+        workers.WorkerError, match=r"(?s)rank 1 of 2: process died, exit code -11.*crashes_on_rank_one"
+    ):
+        workers.run(2, crashes_on_rank_one)
 
 
 def test_a_hang_is_cut_and_shows_where():
