@@ -1,6 +1,7 @@
 """The harness itself: results in rank order, the right traceback, recovery after a crash or a hang."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -25,6 +26,7 @@ def dies_on_rank_one(world):
 
 def crashes_on_rank_one(world):
     if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no dump is left behind
         signal.raise_signal(signal.SIGSEGV)
     world.barrier()
 
