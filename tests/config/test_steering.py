@@ -54,17 +54,17 @@ def test_nothing_moves_before_training_and_every_move_says_why():
 
 
 def test_a_run_that_goes_back_at_its_end_is_steered_beyond_its_budget_and_judged_by_it():
-    """A budget and a half: more replay where this is the end, less where there is a way back."""
+    """A quarter above the budget: more replay where this is the end, less where there is a way back."""
     moved = {}
     for landing in (False, True):
         steer, amounts = steering(landing=landing)
         for step in range(90, 98, 2):
-            look(steer, step, changes(0.03), QUIET)
+            look(steer, step, changes(0.025), QUIET)
         moved[landing] = amounts[-1]
-        ((_, said),) = look(steer, 100, changes(0.03), QUIET)[1]
+        ((_, said),) = look(steer, 100, changes(0.025), QUIET)[1]
         assert said["verdict"] == "infeasible"
         assert ("where the way back begins" in said["message"]) is landing
-    _, last = steer.judge(Found(changes(0.03), QUIET, {}), share=1.0)  # no point on the way back keeps it
+    _, last = steer.judge(Found(changes(0.025), QUIET, {}), share=1.0)  # no point on the way back keeps it
     assert "infeasible" in last["message"]
     assert "way back" not in last["message"]
     assert moved[True] < 0.1 < moved[False]

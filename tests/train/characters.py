@@ -101,7 +101,9 @@ def write_data(directory: Path) -> dict[str, Path]:
         "second_held": rows(["KK"], 100, "held"),
     }
     for name, each in sets.items():
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in each))
+        written = directory / f"{name}.tmp"
+        written.write_text("".join(json.dumps(one) + "\n" for one in each))
+        written.replace(directory / f"{name}.jsonl")  # another arm may read the same rows just now
     return {name: directory / f"{name}.jsonl" for name in sets}
 
 

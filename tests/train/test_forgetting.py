@@ -115,7 +115,7 @@ def test_five_budgets_are_kept_and_used_up_where_the_end_may_go_back(world):
         assert result["budget"]["verdict"] in ("kept", "kept by interpolation")
         used[budget] = result["retention"]["skills"]["relative_high"] / budget  # of what was handed out
         assert used[budget] <= 1
-        assert kept["held"] >= 0.97
+        assert kept["held"] >= 0.99
         assert result["budget"]["mean_replay"] < 0.06
     assert sorted(used.values())[1] >= 0.8, used
 
