@@ -96,7 +96,7 @@ class Crew:
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(5)
                     died = f"process died, exit code {self.processes[rank].exitcode}"
-                    good, value = False, f"{died}\n{self._written(rank)}"
+                    good, value = False, f"{died}\n{self._written(rank)}".rstrip()
                 if good:
                     results[rank] = value
                 else:
