@@ -2,7 +2,8 @@
 facts, then a cipher (tests/train/characters.py).
 
 An arm is one way of learning the cipher: what is left of the skills (accuracy of whole answers), of the facts
-that no replay holds, and whether the cipher is learnt.
+that no replay holds, and whether the cipher is learnt. Perplexity is that of 120 rows, and of 2,200 where an
+arm ends in `-many`: their bound is close to what was measured.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ import characters
 
 REPLAY = "replay.sources=[{path: REPLAY, name: replay}]"
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # of perplexity on the skills
+PERCENT = (0.5, 1, 2, 5, 10, 30)
+BACK = ["replay=budget", REPLAY, "protect=interpolate"]
+MANY = ["evaluate.retention=[{path: MANY, name: skills}]", "retain.rows=3000", "retain.every=5"]
+
+
+def fixed(percent: float) -> list[str]:
+    """A share of replay that is given."""
+    return ["replay=fixed", REPLAY, f"replay.fraction={percent / 100}"]
+
 
 ARMS: dict[str, list[str]] = {
     "none": [],
-    **{f"replay-{p}": ["replay=fixed", REPLAY, f"replay.fraction={p / 100}"] for p in (0.5, 1, 2, 5, 10, 30)},
+    **{f"replay-{p}": fixed(p) for p in PERCENT},
     "replay-10-start": ["replay=start", REPLAY, "replay.fraction=0.1"],
     **{f"l2sp-{c}": ["protect=l2sp", f"protect.pull={c}"] for c in (3, 10, 30)},
     **{f"ewc-{c}": ["protect=ewc", f"protect.pull={c}", f"protect.{REPLAY[7:]}"] for c in (3, 10, 30)},
@@ -34,10 +44,9 @@ ARMS: dict[str, list[str]] = {
     "interpolate-0.1": ["protect=interpolate", "replay.max_forgetting=0.1"],
     "replay-2-half-way": ["replay=fixed", REPLAY, "replay.fraction=0.02", "protect.interpolate=0.5"],
     **{f"budget-{b}": ["replay=budget", REPLAY, f"replay.max_forgetting={b}"] for b in BUDGETS},
-    **{
-        f"budget-{b}-back": ["replay=budget", REPLAY, f"replay.max_forgetting={b}", "protect=interpolate"]
-        for b in BUDGETS
-    },
+    **{f"budget-{b}-back": [*BACK, f"replay.max_forgetting={b}"] for b in BUDGETS},
+    **{f"replay-{p}-many": [*fixed(p), *MANY] for p in PERCENT},
+    **{f"budget-{b}-back-many": [*BACK, *MANY, f"replay.max_forgetting={b}"] for b in BUDGETS},
 }
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -75,7 +84,10 @@ class World:
             f"evaluate.retention=[{{path: {self.files['skills']}, name: skills}}]",
             "steps=200",
             "optim.lr=1e-3",
-            *(text.replace("REPLAY", str(self.files["replay"])) for text in ARMS[name]),
+            *(
+                text.replace("REPLAY", str(self.files["replay"])).replace("MANY", str(self.files["many"]))
+                for text in ARMS[name]
+            ),
         )
         kept, budget = result["retention"]["skills"], result.get("budget", {})
         return {

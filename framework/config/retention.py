@@ -55,9 +55,12 @@ def build_watch(
         replay = prepared.run.replay
         steer = stage.steer if replay.sources else None
         rate = build.learning_rate(prepared)
-        landing = prepared.run.protect.interpolate == "budget"
+        looks = probes.cadence.looks()
+        if replay.unit == "accuracy":  # steered by askings alone
+            looks //= prepared.run.retain.ask_every
+        landing = max(looks, 1) if prepared.run.protect.interpolate == "budget" else 0
         decide = Steering(
-            replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate, landing=landing
+            replay, probes.budgeted, steer, world, steps=prepared.steps, rate=rate, landing_in=landing
         )
     objective = AgainstStart(vocabulary=prepared.description.vocab_size)
     questions = build_questions(prepared, world, engine, rollout)

@@ -9,12 +9,11 @@ from typing import Any
 from framework.config.replay import Replay
 from framework.rollout import intervals
 from framework.strategy.base import World
-from framework.train.budget import Controller, Decision, Reading, Rules, Verdict, resolvable
+from framework.train.budget import Controller, Decision, Reading, Rules, Verdict, landing, resolvable
 from framework.train.retain import Found, relative
 from framework.train.trainer import Report
 
 LEAST_RATE = 0.1  # of the highest: what is forgotten hardly depends on smaller ones
-BEYOND = 1.5  # budgets aimed at where the end of the run goes back to one; docs/forgetting.md compares others
 NOTHING = Reading(change=0.0, high=math.inf, noise=0.0, rows=0)
 
 
@@ -23,10 +22,10 @@ class Steering:
 
     `names` are the kinds of text that a budget binds, one for all or each its own; the controller is told
     parts of it. `steer` sets the amount of replay; None where nothing is replayed, and the budget is judged
-    only. `rate` is the learning rate of each step; None where it does not change. A run that is `landing`
-    goes back towards its start at its end until the budget is kept (`train.interpolate`): it may end beyond,
-    and is steered to, since a way back can use a budget up and a way on cannot. Decided on rank 0 and
-    broadcast, state and all, so that no rank can differ.
+    only. `rate` is the learning rate of each step; None where it does not change. A run of `landing_in`
+    looks, where that is not 0, goes back towards its start at its end until the budget is kept
+    (`train.interpolate`): it may end beyond, and is steered to, since a way back can use a budget up and a
+    way on cannot. Decided on rank 0 and broadcast, state and all, so that no rank can differ.
     """
 
     def __init__(
@@ -38,18 +37,18 @@ class Steering:
         *,
         steps: int,
         rate: Callable[[int], float] | None = None,
-        landing: bool = False,
+        landing_in: int = 0,
     ) -> None:
         assert asked.max_forgetting is not None
         self.asked, self.names, self.steer, self.world, self.steps = asked, names, steer, world, steps
-        self.landing = landing
+        self.landing = landing_in > 0
         given = asked.max_forgetting
         budgets = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
         self.budgets = {name: self._inside(budgets[name]) for name in names}
         start, most = (1.0, 1.0) if steer is None else (asked.start, asked.most or asked.start)
         falls = _falls(rate, steps) if rate is not None else _stays
-        aim = BEYOND if landing else Rules.aim
-        self.controller = Controller(Rules(budget=1.0, start=start, most=most, aim=aim, rate=falls))
+        rules = landing(landing_in) if landing_in else Rules
+        self.controller = Controller(rules(budget=1.0, start=start, most=most, rate=falls))
         self.spent = 0.0  # amount times steps
         self.since = 0  # the step of the last look
         self.judged: dict[str, Any] = {}

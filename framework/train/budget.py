@@ -15,8 +15,9 @@ lost while the learning rate is high is learnt again as it falls, and to forbid 
 The gain grows as looks run out: early there is time, and late replay loses its hold with the learning rate.
 It grows more for a bound above its target, since one that ends too low has cost some replay and one that
 ends too high has missed the budget; and in the last looks what gets worse is believed at once, what gets
-better when it goes on. Where bounds are seen to answer from one look to the next the gain is less, so that
-a plant without lag is not made to swing.
+better when it goes on. Where the end of a run goes back until the budget is kept, the wrong side is the other
+(`Landing`). Where bounds are seen to answer from one look to the next the gain is less, so that a plant
+without lag is not made to swing.
 
 Amounts are on a geometric grid, so that rounding in the last digits of a loss cannot change what is trained
 on, and within limits a look. Where the amount is at its most for `patience` looks and the bound, if it goes
@@ -39,6 +40,7 @@ ROOM = 0.3  # most that surprises may take off the target, as a logarithm
 CALMS = 0.6  # what is forgotten under a constant share follows at least this power of the learning rate
 CALMED = 3.0  # most budgets that are allowed for what the falling rate is yet to bring back
 CLOSES, CLOSES_CAREFULLY = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
+FEW = 20  # looks
 HELD = ("kept", "unresolvable", "infeasible")  # verdicts, the best first
 
 
@@ -83,6 +85,8 @@ class Rules:
     let_go: float = 1.5  # times the gain for a bound below its target
     hurry_down: float = 8.0  # looks before the end from when on it is more
     careful: float = 20.0  # looks before the end from when on replay is let go with care
+    room: float = 1.5  # deviations of a look from what was foretold, taken off the target
+    side: float = 1.0  # of the target, where the end must not be: 1 above it, -1 below
     patience: int = 4
     rate: Callable[[float], float] = _steady  # by `progress`: the learning rate over that at the end
     ease: float = 10.0  # budgets that are allowed at the very start
@@ -101,6 +105,54 @@ class Rules:
     def calms(self, progress: float) -> float:
         """By how much the falling rate alone will lower what is forgotten until the end."""
         return min(max(self.rate(progress), 1.0) ** CALMS, CALMED)
+
+    def late(self, progress: float, left: float) -> bool:
+        """Whether what nears the wrong side is to be believed at once, `left` looks before the end."""
+        return left <= self.careful
+
+    def hurry(self, ahead: float, progress: float, left: float) -> float:
+        """Times the gain."""
+        return self.hurry_up / left if ahead > 0 else max(self.let_go, self.hurry_down / left)
+
+    def closes(self, ahead: float, left: float) -> float:
+        """Of the distance, what one look may close where a look shows it at once."""
+        return CLOSES_CAREFULLY if ahead < 0 and left <= self.careful else CLOSES
+
+
+@dataclass(frozen=True)
+class Landing(Rules):
+    """Of a run whose end goes back towards its start until the budget is kept.
+
+    One that ends above the budget ends on it, having given back some of what it learnt; one that ends below
+    it has replayed too much, and there is no way on. So it is aimed beyond the budget, and from the half of
+    the run on a bound that falls is believed at once. Up and down weigh alike, by what is left of the run
+    and not in looks: to miss by a little is no loss, and replay that stays where it is costs the least.
+    """
+
+    aim: float = 1.3
+    room: float = 0.0
+    side: float = -1.0
+
+    def late(self, progress: float, left: float) -> bool:
+        return progress >= 0.5
+
+    def hurry(self, ahead: float, progress: float, left: float) -> float:
+        return 0.75 / max(1 - progress, 1e-9)
+
+    def closes(self, ahead: float, left: float) -> float:
+        return CLOSES
+
+
+@dataclass(frozen=True)
+class ShortLanding(Rules):
+    """Of such a run with a few looks, which is over before gentle moves are."""
+
+    aim: float = 1.5
+
+
+def landing(looks: int) -> type[Rules]:
+    """The rules for a run of so many looks whose end goes back. docs/forgetting.md has what they come to."""
+    return Landing if looks >= FEW else ShortLanding
 
 
 @dataclass
@@ -206,7 +258,7 @@ class Controller:
 
     def _ahead(self, name: str, reading: Reading, progress: float, left: float) -> float:
         """ahead_s. A diverged model counts as FARTHEST_ABOVE."""
-        rules, found = self.rules, reading.bound
+        rules, side, found = self.rules, self.rules.side, reading.bound
         if not math.isfinite(found):
             return FARTHEST_ABOVE
         bound = max(_log(found / rules.budget), FARTHEST_BELOW)
@@ -224,7 +276,7 @@ class Controller:
         track.trend += (1 - rules.memory) * surprise / 1.5
         track.variance += 0.2 * (surprise**2 - track.variance)
         deviation = math.sqrt(track.variance)
-        room = min(1.5 * deviation, ROOM) * min(1.0, progress / rules.settled) / rules.calms(progress)
+        room = min(rules.room * deviation, ROOM) * min(1.0, progress / rules.settled) / rules.calms(progress)
         spacing = (1 - progress) / left
         target = rules.aim * math.exp(-room) * rules.allowed(progress, spacing)
         now = 0.0
@@ -237,21 +289,20 @@ class Controller:
         then = rules.allowed(progress + spacing * looks, spacing)
         falls = math.log(then / rules.allowed(progress, spacing))  # the path itself until then
         z, trend = track.smoothed, track.trend
-        if left <= rules.careful:  # what gets worse is believed at once, what gets better when it goes on
-            trend = max(trend, min(change, LEAP)) if now < 0 else trend
-            z = max(now, z)
-        ahead = z + trend * looks - falls
-        if ahead < 0:  # no less replay for what may be chance
+        if rules.late(progress, left):  # what nears the wrong side is believed at once, else when it goes on
+            if side * now < 0:
+                trend = side * max(side * trend, min(side * change, LEAP))
+            z = side * max(side * now, side * z)
+        ahead = side * (z + trend * looks - falls)
+        if ahead < 0:  # nothing towards that side for what may be chance
             ahead = min(ahead + deviation / 2, 0.0)
-        return _clipped(ahead, FARTHEST_BELOW, FARTHEST_ABOVE)
+        return _clipped(side * ahead, FARTHEST_BELOW, FARTHEST_ABOVE)
 
     def _move(self, ahead: float, left: float, response: float) -> None:
         """The amount from now on, within what a look may move it; it does not wind up against its stops."""
         rules, state = self.rules, self.state
-        hurry = rules.hurry_up / left if ahead > 0 else max(rules.let_go, rules.hurry_down / left)
-        closes = CLOSES_CAREFULLY if ahead < 0 and left <= rules.careful else CLOSES
-        most = closes / max(response, 0.1)
-        gain = min(rules.gain * hurry, most)
+        most = rules.closes(ahead, left) / max(response, 0.1)
+        gain = min(rules.gain * rules.hurry(ahead, state.progress, left), most)
         wanted = gain * ahead
         rise = max(math.log(rules.rise), -state.level * 2 / left)  # the most in half the looks that are left
         step = _clipped(wanted, -math.log(rules.fall), rise)
@@ -266,8 +317,9 @@ class Controller:
         track = self.state.tracks.get(name)
         if track is None or not math.isfinite(reading.bound):
             return True
-        over = reading.bound > self.rules.allowed(progress, (1 - progress) / left) + reading.noise
-        return over and track.bound + min(track.trend, 0.0) * left > 0
+        most = max(self.rules.aim, 1.0)  # budgets
+        over = reading.bound > most * self.rules.allowed(progress, (1 - progress) / left) + reading.noise
+        return over and track.bound + min(track.trend, 0.0) * left > math.log(most)
 
 
 def _clipped(value: float, low: float, high: float) -> float:

@@ -15,7 +15,7 @@ from framework.train.schedule import schedule
 WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.dumps(value)))
 
 
-def steering(*, steps=100, names=("chat", "code"), rate=None, landing=False, **changes):
+def steering(*, steps=100, names=("chat", "code"), rate=None, landing_in=0, **changes):
     """(Steering, amounts it set)."""
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
     asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
@@ -24,7 +24,7 @@ def steering(*, steps=100, names=("chat", "code"), rate=None, landing=False, **c
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
     steer = amounts.append if replay.sources else None
-    return Steering(replay, names, steer, WORLD, steps=steps, rate=rate, landing=landing), amounts
+    return Steering(replay, names, steer, WORLD, steps=steps, rate=rate, landing_in=landing_in), amounts
 
 
 def changes(chat, code=0.0, half=0.001, rows=64):
@@ -54,20 +54,21 @@ def test_nothing_moves_before_training_and_every_move_says_why():
 
 
 def test_a_run_that_goes_back_at_its_end_is_steered_beyond_its_budget_and_judged_by_it():
-    """A quarter above the budget: more replay where this is the end, less where there is a way back."""
+    """A tenth above the budget: more replay where this is the end, less where there is a way back."""
     moved = {}
-    for landing in (False, True):
-        steer, amounts = steering(landing=landing)
+    for landing_in in (0, 8, 50):
+        steer, amounts = steering(landing_in=landing_in)
         for step in range(90, 98, 2):
-            look(steer, step, changes(0.025), QUIET)
-        moved[landing] = amounts[-1]
-        ((_, said),) = look(steer, 100, changes(0.025), QUIET)[1]
+            look(steer, step, changes(0.021), QUIET)
+        moved[landing_in] = amounts[-1]
+        ((_, said),) = look(steer, 100, changes(0.021), QUIET)[1]
         assert said["verdict"] == "infeasible"
-        assert ("where the way back begins" in said["message"]) is landing
-    _, last = steer.judge(Found(changes(0.025), QUIET, {}), share=1.0)  # no point on the way back keeps it
+        assert ("where the way back begins" in said["message"]) is (landing_in > 0)
+    _, last = steer.judge(Found(changes(0.021), QUIET, {}), share=1.0)  # no point on the way back keeps it
     assert "infeasible" in last["message"]
     assert "way back" not in last["message"]
-    assert moved[True] < 0.1 < moved[False]
+    assert moved[8] < 0.1 < moved[0]
+    assert moved[50] < 0.1
 
 
 def test_what_cannot_be_met_is_said_while_there_is_time_and_at_the_end():

@@ -82,18 +82,21 @@ def rows(tasks: Sequence[str], count: int, seed: str) -> list[dict[str, str]]:
 
 
 def write_data(directory: Path) -> dict[str, Path]:
-    """learn: skills and facts; replay: some of them; skills, facts: to probe; cipher; held: more of it;
-    second, second_held: of the cipher after that."""
+    """learn: skills and facts; replay: some of them; skills, facts: to probe, and many of the skills; cipher;
+    held: more of it; second, second_held: of the cipher after that."""
     facts = [
         {"prompt": f"F{word(f'fact {i}', 3)}=", "completion": f"{word(f'means {i}', 3)}>"} for i in range(40)
     ]
     probed = rows(SKILLS, 40, "probed")
     asked = {each["prompt"] for each in probed}
     trained = [each for each in rows(SKILLS, 1500, "trained") if each["prompt"] not in asked]
+    known = {each["prompt"] for each in trained}
+    many = [each for each in rows(SKILLS, 900, "many") if each["prompt"] not in known]
     sets = {
         "learn": trained + facts * 20,
         "replay": trained[:2100] + facts[:20] * 10,
         "skills": probed,
+        "many": many,
         "facts": facts[20:],
         "cipher": rows("K", 1500, "cipher"),
         "held": rows("K", 100, "held"),

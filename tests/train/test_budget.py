@@ -8,7 +8,18 @@ import statistics
 
 import pytest
 
-from framework.train.budget import LOWEST, STEP, Controller, Reading, Rules, resolvable
+from framework.train.budget import (
+    FEW,
+    LOWEST,
+    STEP,
+    Controller,
+    Landing,
+    Reading,
+    Rules,
+    ShortLanding,
+    landing,
+    resolvable,
+)
 
 
 class Plant:
@@ -61,6 +72,39 @@ def test_no_budget_that_can_be_met_is_missed_whatever_lag_and_harm_and_number_of
     controller, *_, readings, decisions = steer(Rules(budget=0.02, start=0.1, most=0.5), {"a": plant}, looks)
     assert controller.verdict(readings).status == "kept"
     assert not any(decision.infeasible for decision in decisions)
+
+
+@pytest.mark.parametrize("harm", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("noise", [0.0, 0.002])
+@pytest.mark.parametrize(
+    ("looks", "lag"),
+    [(n, lag) for n in (8, 12, 20, 40) for lag in (0.1, 0.2, 0.5, 1.0) if n * lag >= 4],
+)
+def test_where_the_end_goes_back_no_run_ends_below_its_budget_nor_far_above(looks, lag, harm, noise):
+    """Noise of a tenth of the budget, in which a run without a way back leaves up to half of it unused."""
+    plant = Plant(harm, 0.1, lag=lag, noise=noise, seed=looks)
+    steer(Landing(budget=0.02, start=0.1, most=0.5), {"a": plant}, looks)
+    assert 0.02 < plant.change < 3 * 0.02
+
+
+def test_gentle_moves_are_for_runs_that_have_the_looks_for_them():
+    assert (landing(FEW - 1), landing(FEW)) == (ShortLanding, Landing)
+    for rules in (ShortLanding, Landing):
+        assert rules(budget=0.01, start=0.1, most=0.5).aim > 1
+
+
+def test_near_the_end_a_fall_is_believed_at_once_where_it_is_too_low_that_cannot_be_mended():
+    """Looks above the target, and then one a tenth below it: replay is let go, or a little of it."""
+
+    def moved(kind):
+        rules = kind(budget=0.01, start=0.1, most=0.5)
+        controller = Controller(rules)
+        for look in range(36):
+            bound = 0.01 * rules.aim * (1.3 if look < 35 else 0.9)
+            decided = controller.decide({"a": Reading(bound, bound, 0.0, 64)}, progress=0.9 + look / 400)
+        return decided.amount / decided.before
+
+    assert moved(Landing) < 0.5 < moved(Rules)
 
 
 def test_a_budget_is_met_where_replay_loses_its_hold_as_the_learning_rate_falls():

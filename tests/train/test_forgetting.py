@@ -105,19 +105,21 @@ def test_the_share_that_was_asked_for_is_the_share_that_was_replayed(world, held
 
 
 def test_five_budgets_are_kept_and_used_up_where_the_end_may_go_back(world):
-    """Within a fifth of what was asked: more is forgotten while training, and given back. A run that ends
-    within its budget has no way on, so one of the five may use less."""
+    """Within a fifth of what was asked, the upper bound inside: more is forgotten while training, and given
+    back. Seen by many rows, since the bound of a hundred lies far above the change."""
     used = {}
     for budget in (0.05, 0.1, 0.2, 0.3, 0.5):
+        asked = (*BUDGET, "retain.rows=3000", "retain.every=5", "protect=interpolate")
         kept, result = arm(
-            world, f"back-{budget}", *BUDGET, "protect=interpolate", f"replay.max_forgetting={budget}"
+            world, f"back-{budget}", *asked, f"replay.max_forgetting={budget}", watched=("many",)
         )
         assert result["budget"]["verdict"] in ("kept", "kept by interpolation")
-        used[budget] = result["retention"]["skills"]["relative_high"] / budget  # of what was handed out
-        assert used[budget] <= 1
+        found = result["retention"]["many"]  # of what was handed out
+        assert found["relative"] < found["relative_high"] <= budget
+        used[budget] = found["relative"] / budget
         assert kept["held"] >= 0.99
         assert result["budget"]["mean_replay"] < 0.06
-    assert sorted(used.values())[1] >= 0.8, used
+    assert min(used.values()) >= 0.8, str(used)
 
 
 def test_facts_that_cannot_be_replayed_make_the_budget_infeasible(world):
