@@ -40,7 +40,7 @@ ROOM = 0.3  # most that surprises may take off the target, as a logarithm
 CALMS = 0.6  # what is forgotten under a constant share follows at least this power of the learning rate
 CALMED = 3.0  # most budgets that are allowed for what the falling rate is yet to bring back
 CLOSES, CLOSES_CAREFULLY = 0.7, 0.3  # of the distance, what one look may close where a look shows it at once
-FEW = 20  # looks
+FEW = 20  # looks of a run whose end goes back, below which gentle moves come too late
 HELD = ("kept", "unresolvable", "infeasible")  # verdicts, the best first
 
 
@@ -111,7 +111,7 @@ class Rules:
         return left <= self.careful
 
     def hurry(self, ahead: float, progress: float, left: float) -> float:
-        """Times the gain."""
+        """How many times `gain` applies to a bound that far ahead, `left` looks before the end."""
         return self.hurry_up / left if ahead > 0 else max(self.let_go, self.hurry_down / left)
 
     def closes(self, ahead: float, left: float) -> float:
@@ -126,7 +126,8 @@ class Landing(Rules):
     One that ends above the budget ends on it, having given back some of what it learnt; one that ends below
     it has replayed too much, and there is no way on. So it is aimed beyond the budget, and from the half of
     the run on a bound that falls is believed at once. Up and down weigh alike, by what is left of the run
-    and not in looks: to miss by a little is no loss, and replay that stays where it is costs the least.
+    and not in looks: to miss by a little is no loss, and replay that stays where it is costs the least. The
+    fields for hurry and care are not read.
     """
 
     aim: float = 1.3

@@ -93,6 +93,18 @@ def test_gentle_moves_are_for_runs_that_have_the_looks_for_them():
         assert rules(budget=0.01, start=0.1, most=0.5).aim > 1
 
 
+@pytest.mark.parametrize("kind", [ShortLanding, Landing])
+def test_what_the_way_back_is_there_for_is_not_called_infeasible(kind):
+    """At the most, still: within what is aimed at nothing is said, above it once."""
+
+    def told(budgets):
+        controller = Controller(kind(budget=0.01, start=0.5, most=0.5))
+        flat = {"a": Reading(0.01 * budgets, 0.01 * budgets, 0.0, 64)}
+        return sum(controller.decide(flat, progress=0.9 + look / 400).infeasible for look in range(30))
+
+    assert (told(1.2), told(2.0)) == (0, 1)
+
+
 def test_near_the_end_a_fall_is_believed_at_once_where_it_is_too_low_that_cannot_be_mended():
     """Looks above the target, and then one a tenth below it: replay is let go, or a little of it."""
 
