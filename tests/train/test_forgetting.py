@@ -62,7 +62,8 @@ def test_without_replay_nothing_is_left_and_the_run_says_so(world):
 @pytest.fixture(scope="module")
 def fixed(world):
     """A tenth of the trained tokens replayed throughout."""
-    return arm(world, "fixed", "replay=fixed", "replay.sources=[{path: REPLAY}]", "replay.fraction=0.1")
+    source = "replay.sources=[{path: REPLAY}]"
+    return arm(world, "fixed", "replay=fixed", source, "replay.fraction=0.1", "retain.rows=120")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,9 @@ def test_a_tenth_of_replay_keeps_the_skills(fixed):
     kept, result = fixed
     assert kept["skills"] > 0.75
     assert kept["held"] >= 0.99
-    assert result["retention"]["skills"]["relative_high"] < 0.1  # the budget of the controller below
+    assert (
+        result["retention"]["skills"]["relative_high"] < 0.05
+    )  # the least of the controller's budgets below
 
 
 def test_the_controller_keeps_the_same_budget_with_less_replay(held, fixed):
@@ -117,7 +120,7 @@ def test_five_budgets_are_kept_and_used_up_where_the_end_may_go_back(world):
         assert found["relative"] < found["relative_high"] <= budget
         used[budget] = found["relative"] / budget
         assert kept["held"] >= 0.99
-        assert result["budget"]["mean_replay"] < 0.06
+        assert result["budget"]["mean_replay"] < 0.06  # the fixed share, which keeps all five, is 0.1
     assert min(used.values()) >= 0.8, str(used)
 
 
