@@ -22,6 +22,7 @@ class Server:
         self.silent_after_history = False
         self.delay_s = 0.0  # before every answer
         self.refuse = lambda path: None  # the status to answer a request with; None: as it should be
+        self.taken = lambda path: None  # called with what was asked taken in, and its answer not sent yet
         self.bucket = {}  # the last UpsertBucket's variables
         self.port = 0
         self.start()
@@ -87,6 +88,7 @@ class Server:
                 status = None if self.path == "/count" else server.refuse(self.path)
                 answer = {} if status else server.answer(self.path, body)
                 answer = json.dumps(answer).encode()
+                server.taken(self.path)
                 with suppress(OSError):
                     self.send_response(status or 200)
                     self.send_header("Content-Type", "application/json")
