@@ -63,7 +63,7 @@ def start(command, run_dir, *more):
 
 def finish(process):
     """Its exit status, after everything it said was shown to pytest."""
-    print(process.communicate(timeout=120)[0])
+    print(process.communicate(timeout=300)[0])
     return process.returncode
 
 
@@ -82,7 +82,7 @@ def lines(run_dir, kind):
 
 def wait_for_step(run_dir, step):
     """Until `step` is in metrics.jsonl: the run is inside the next one."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         path = Path(run_dir) / "metrics.jsonl"
         if path.exists() and f'"step": {step},' in path.read_text().replace('"step":', '"step": ').replace(
