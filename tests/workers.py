@@ -27,7 +27,7 @@ def run(
 ) -> list[Any]:
     """`function(world, *args, **kwargs)` on `size` processes, in rank order. Raises WorkerError."""
     if size not in _crews:
-        _crews[size] = Crew(size)
+        _crews[size] = Crew(size, preload=["framework.config.measured"])
     try:
         return _crews[size].run(function, *args, timeout_s=timeout_s, **kwargs)
     except WorkerError:

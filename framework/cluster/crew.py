@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 from framework.errors import SapwoodError
 
 LOOPBACK = "127.0.0.1"
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class CrewError(SapwoodError):
@@ -39,29 +41,38 @@ class CrewError(SapwoodError):
 class Crew:
     """`size` processes that are joined in one world and wait for functions to run."""
 
-    def __init__(self, size: int, *, device: str = "cpu", silence_s: float = 60) -> None:
-        """`silence_s` bounds every wait of one rank for another."""
+    def __init__(
+        self, size: int, *, device: str = "cpu", silence_s: float = 60, preload: Sequence[str] = ()
+    ) -> None:
+        """`silence_s` bounds every wait of one rank for another.
+
+        `preload` are modules that all functions need. They are imported once for all crews of this process,
+        of which the first decides; by each rank itself where there is a GPU, which cannot be handed on by a
+        process that has looked at it.
+        """
+        import torch
+
         from framework.strategy.world import host_store
 
-        # fork from a process that has imported torch and done nothing else: starts in 0.1 s a rank
+        # fork from a process that has imported these and done nothing else: starts in 0.1 s a rank
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
+        modules = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor"]
+        context.set_forkserver_preload(modules + ([] if torch.cuda.is_available() else list(preload)))
+        with _environment(QUIET):  # some modules read it when they are imported
+            forkserver.ensure_running()
         self.store = host_store(LOOPBACK, 0, timeout=timedelta(seconds=60))
         self.stacks = tempfile.TemporaryDirectory()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            environment = {
+            environment = QUIET | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
                 "MASTER_ADDR": LOOPBACK,
                 "MASTER_PORT": str(self.store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "TOKENIZERS_PARALLELISM": "false",
             }
             process = context.Process(
                 target=_serve,
@@ -132,6 +143,18 @@ class Crew:
     def _written(self, rank: int) -> str:
         """The Python stacks that a rank has left, asked for or at a crash in native code."""
         return Path(self._stack_file(rank)).read_text()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables that a process started inside has."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(

@@ -130,7 +130,7 @@ class Certificate:
     def _measured(self, cell: Cell, measure: Measure) -> list[dict[str, Any]]:
         line = cells.line(cell, self._place, self._model, device=self._device)
         if cell.ranks not in self._crews:
-            self._crews[cell.ranks] = Crew(cell.ranks, device=self._device)
+            self._crews[cell.ranks] = Crew(cell.ranks, device=self._device, preload=[measured.__name__])
         try:
             return self._crews[cell.ranks].run(measure, line, steps=cells.STEPS, timeout_s=PATIENCE_S)
         except CrewError:
