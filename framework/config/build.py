@@ -33,6 +33,9 @@ from framework.train.optim import adamw
 from framework.train.schedule import Schedule, schedule
 from framework.train.trainer import Plan
 
+NOT_LEARNT = {"sources", "carry", "select"}
+"""Keys of replay that are known by what they lead to, or that decide what is left and not what is learnt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
@@ -85,7 +88,7 @@ class Prepared(Inspected):
             "batch.sequences": run.batch.sequences,
         }
         if run.replay.max_forgetting is not None and self.probes is not None:
-            identity["budget"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
+            identity["budget"] = run.replay.model_dump(mode="json", exclude=NOT_LEARNT)
             identity["probes"] = self.probes.identity
             if run.replay.unit == "accuracy":
                 identity["questions"] = {
@@ -103,7 +106,7 @@ class Prepared(Inspected):
             identity["buffer"] = self.carried.buffer.identity
         if run.stage.name != "sft":
             identity["stage"] = shown["stage"]
-            identity["replay"] = run.replay.model_dump(mode="json", exclude={"sources", "carry"})
+            identity["replay"] = run.replay.model_dump(mode="json", exclude=NOT_LEARNT)
         if writes(run.stage):
             identity["rollout"] = run.rollout.model_dump(
                 mode="json", include={"samples", "temperature", "top_p", "top_k", "max_new_tokens", "engine"}

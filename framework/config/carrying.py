@@ -17,7 +17,7 @@ from framework.config.nodes import Source
 from framework.config.schema import Run
 from framework.config.synthesis import SELF
 from framework.data import buffer, sources
-from framework.data.buffer import HASH, MANIFEST, Buffer
+from framework.data.buffer import HASH, MANIFEST, Buffer, Line
 from framework.data.tables import Table
 from framework.errors import ConfigError, DataError
 
@@ -73,8 +73,12 @@ def read(
     """
     count = len(carried.sources) if carried is not None else 0
     own = replayed[: len(replayed) - count]
-    truncation = "drop" if run.data.truncation == "error" else run.data.truncation
-    return text(own) + (text(carried.sources, truncation=truncation) if carried is not None else [])
+    return text(own) + (text(carried.sources, truncation=shortened(run)) if carried is not None else [])
+
+
+def shortened(run: Run) -> str:
+    """What becomes of rows of a buffer that are too long."""
+    return "drop" if run.data.truncation == "error" else run.data.truncation
 
 
 def told(prepared: Prepared) -> str | None:
@@ -126,7 +130,6 @@ def _drawn(run: Run, left: Buffer, directory: Path, excluded: frozenset[str]) ->
     """
     files = [own for own in run.replay.sources if own.path != SELF]
     given = {sources.locate(sources.Source(**own.model_dump())).digest for own in files}
-    place = Path(run.data.cache_dir).expanduser() / DIRECTORY
     drawn = []
     for stratum in left.strata:
         if stratum.source in given or buffer.excludes(stratum, excluded):
@@ -135,20 +138,18 @@ def _drawn(run: Run, left: Buffer, directory: Path, excluded: frozenset[str]) ->
             buffer.lines(directory, stratum), tokens=run.replay.stratum_tokens, excluded=excluded
         )
         if rows:
-            raw = buffer.encoded(rows)
-            path = place / f"{buffer.content_hash(raw)}.jsonl"
-            if not path.exists():
-                place.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what the user's data says
-                temporary = path.with_name(f"{path.name}.{os.getpid()}")
-                temporary.write_bytes(raw)
-                os.replace(temporary, path)
-            drawn.append(
-                Source(
-                    path=str(path),
-                    format=stratum.format,  # type: ignore[arg-type]
-                    weight=1.0,
-                    name=stratum.name,
-                    licence=stratum.licence,
-                )
-            )
+            file = filed(run, rows, name=stratum.name)
+            drawn.append(file.model_copy(update={"weight": 1.0, "licence": stratum.licence}))
     return tuple(drawn)
+
+
+def filed(run: Run, rows: Sequence[Line], *, name: str) -> Source:
+    """The rows of a stratum as a file in the cache, named by its content. For any number of processes."""
+    place, raw = Path(run.data.cache_dir).expanduser() / DIRECTORY, buffer.encoded(rows)
+    path = place / f"{buffer.content_hash(raw)}.jsonl"
+    if not path.exists():
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what the user's data says
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_bytes(raw)
+        os.replace(temporary, path)
+    return Source(path=str(path), format=buffer.measures(rows)["format"], name=name)

@@ -1,7 +1,7 @@
 """What a run leaves to the stages after it: RUN/buffer, what it was left itself grown by its own sources.
 
-It is written before the first step, of the rows that the run is going to see: what can be refused is refused
-before a weight is read, and a run that is killed has left it, too.
+It is written before the first step, of the rows that the run is going to see, so that a run which is killed
+has left it, too; and before a weight is read, so that refusals come early, but where the start model chooses.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from framework.config import environment, selfmade
+from framework.config import environment, remembering, selfmade, stages
 from framework.config.build import Prepared
 from framework.config.carrying import DIRECTORY
 from framework.config.nodes import Source
+from framework.config.schema import Run
 from framework.config.stage import ONLINE
 from framework.data import buffer, rehearsed, sources, templates
-from framework.data.buffer import MANIFEST, RESERVE, Buffer, Line, Stratum
+from framework.data.buffer import COMPARED, MANIFEST, RESERVE, Buffer, Line, Stratum
 from framework.data.chat import Encoder
 from framework.data.sources import Located
 from framework.data.tables import Conversations, Table
 from framework.errors import DataError
+from framework.strategy.base import Engine
 from framework.train import commit
 
 BLOCK = 1 << 16  # examples of the stream looked at together
 
 Kept = list[tuple[Stratum, list[Line]]]
+Ask = Callable[[Mapping[str, Sequence[Line]]], Mapping[str, Sequence[float]]]
+"""What the model that training begins with loses on rows: name -> lines, name -> nats a token of each."""
 
 
 class Own(NamedTuple):
@@ -45,19 +50,41 @@ class Own(NamedTuple):
     stage: str
 
 
-def leave(prepared: Prepared) -> None:
+def asks(run: Run) -> bool:
+    """Whether the start model chooses the rows to leave."""
+    return run.replay.select == "surprise"
+
+
+def told(run: Run) -> str | None:
+    """What to say of it at the start of a run; None where nothing takes time."""
+    if not asks(run):
+        return None
+    return "replay.select: asks the model that training begins with which rows to leave for later stages"
+
+
+def leave(prepared: Prepared, ask: Ask | None = None) -> None:
     """Write RUN/buffer, whole or not at all; one of the same rows stays as it is. For one process.
 
-    A reward model is no stage on the way of a policy and leaves nothing. Raises DataError, OSError.
+    `ask`, where the start model has a say, is called once. A reward model is no stage on the way of a policy
+    and leaves nothing. Raises DataError, OSError.
     """
     run, where = prepared.run, Path(prepared.run.run_dir) / DIRECTORY
     if run.stage.name == "reward" or run.replay.stratum_tokens == 0:
         return
-    grown, kept = _grown(prepared)
+    grown, kept = _grown(prepared, ask)
     with contextlib.suppress(DataError):
         if where.exists() and buffer.read(where).identity == grown.identity:
             return
     write(where, grown, {stratum.shard: rows for stratum, rows in kept})
+
+
+def leave_surprising(prepared: Prepared, engine: Engine) -> None:
+    """The same with the rows that surprise the start model, whose weights `engine` must hold. Collective."""
+    ask = partial(remembering.surprise, prepared, engine, stages.cut_of(prepared, engine.world))
+    if engine.world.rank == 0:
+        leave(prepared, ask)
+    else:
+        ask(None)
 
 
 def write(where: Path, grown: Buffer, shards: dict[str, list[Line]]) -> None:
@@ -77,9 +104,10 @@ def write(where: Path, grown: Buffer, shards: dict[str, list[Line]]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _grown(prepared: Prepared) -> tuple[Buffer, Kept]:
+def _grown(prepared: Prepared, ask: Ask | None) -> tuple[Buffer, Kept]:
     """What was carried, then the run's own sources, without what is excluded."""
     run, carried = prepared.run, prepared.carried
+    most = RESERVE * run.replay.stratum_tokens
     own, before = list(_own(prepared)), carried.buffer.strata if carried is not None else ()
     excluded = set(carried.excluded if carried is not None else run.replay.excluded)
     excluded |= {each.located.digest for each in own if each.table.name in excluded}
@@ -88,24 +116,31 @@ def _grown(prepared: Prepared) -> tuple[Buffer, Kept]:
     for stratum in before:
         if carried is not None and not buffer.excludes(stratum, excluded):
             rows = buffer.lines(carried.directory, stratum)
-            rows = buffer.draw(rows, tokens=RESERVE * run.replay.stratum_tokens, excluded=excluded)
+            rows = buffer.draw(rows, tokens=most, excluded=excluded)
             kept.append((replace(stratum, **buffer.measures(rows)), rows))
     encode = Conversations(_encoder(prepared)).read
+    first = len(kept)
     for each in own:
         if each.located.digest not in {*excluded, *(stratum.source for stratum, _ in kept)}:
             name = _free(each.table.name, [stratum.name for stratum, _ in kept])
-            kept.append(_stratum(prepared, each, name, encode, excluded))
+            tokens = most if ask is None else COMPARED * most
+            kept.append(_stratum(run.seed, each, name, encode, tokens, excluded))
+    if ask is not None:
+        nats = ask({stratum.name: rows for stratum, rows in kept[first:]})
+        for at, (stratum, rows) in enumerate(kept[first:], start=first):
+            rows = [rows[place] for place in buffer.surprising(nats[stratum.name])]
+            rows = buffer.draw(rows, tokens=most)
+            kept[at] = (replace(stratum, **buffer.measures(rows)), rows)
     kept = [(stratum, rows) for stratum, rows in kept if rows]
     parent = carried.buffer.identity if carried is not None else None
     return Buffer(tuple(stratum for stratum, _ in kept), tuple(sorted(excluded)), parent), kept
 
 
 def _stratum(
-    prepared: Prepared, own: Own, name: str, encode: rehearsed.Encode, excluded: Collection[str]
+    seed: int, own: Own, name: str, encode: rehearsed.Encode, tokens: int, excluded: Collection[str]
 ) -> tuple[Stratum, list[Line]]:
-    """The rows of one source that are kept, with where they come from."""
-    order = buffer.order(prepared.run.seed, name, len(own.table))
-    tokens = RESERVE * prepared.run.replay.stratum_tokens
+    """Rows of one source that have `tokens` together, with where they come from."""
+    order = buffer.order(seed, name, len(own.table))
     rows = rehearsed.keep(
         own.table, own.located, order[own.seen[order]], encode, tokens=tokens, excluded=excluded
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from framework.batch import Distribution
-from framework.config import build
+from framework.config import build, carrying, tabled
 from framework.config.build import Inspected, Prepared
 from framework.data import cache, loader
+from framework.data.buffer import Line
+from framework.data.collate import collate
 from framework.data.loader import SUPERVISED, Cut
 from framework.losses import sft as token_losses
 from framework.losses.inputs import inputs
@@ -19,7 +24,7 @@ from framework.stages import remembered
 from framework.stages.coupling import policy_logps
 from framework.stages.reference import Reference, cached
 from framework.stages.sft import TokenObjective
-from framework.stages.started import STARTED, StartedObjective, scale_of
+from framework.stages.started import STARTED, StartedObjective, means, scale_of
 from framework.strategy.base import Engine, World
 
 
@@ -71,6 +76,32 @@ def alone(prepared: Prepared, engine: Engine, cut: Cut) -> Any:
     rows = [(source, row) for source, table in enumerate(prepared.replay) for row in range(len(table))]
     memory = _memory(prepared, engine, cut, prepared.replay, rows, sources=None)
     return remembered.TowardsStart(partial(token_losses.sft), memory)
+
+
+def surprise(
+    prepared: Prepared, engine: Engine, cut: Cut, strata: Mapping[str, Sequence[Line]] | None
+) -> dict[str, list[float]]:
+    """What the start model loses on rows that might be left: nats a trained token of each, by stratum; minus
+    infinity for one that this run would not learn from.
+
+    `engine` holds the start weights; `strata` are rank 0's. Collective.
+    """
+    run, told = prepared.run, {}
+    for name, lines in engine.world.broadcast(strata).items():
+        told[name] = [-math.inf] * len(lines)
+        if not lines:
+            continue
+        file = carrying.filed(run, lines, name=name)
+        (table,) = tabled.text(prepared, [file], truncation=carrying.shortened(run), on_bad_row="drop")
+        identity = {"what": "rows to leave", **_start(prepared, engine.world, [table])}
+        micros = loader.held_out(table, **cut._asdict())
+        ask: Reference = partial(policy_logps, engine)
+        start = cached(Path(run.data.cache_dir) / "start", identity, micros, ask=ask, world=engine.world)
+        for row, (_, line) in enumerate(table.places(np.arange(len(table)))):
+            alone = collate([table.example(row)], [0], packing=cut.packing, pad_id=cut.pad_id)
+            (logps,) = start([alone])
+            told[name][line - 1] = float(means(logps, alone)[0])
+    return told
 
 
 def _memory(

@@ -31,6 +31,7 @@ class Replay(Node):
     strata: Annotated[tuple[Name, ...], Field(min_length=1)] | None
     carry: Text | None  # auto, or the directory of a run
     stratum_tokens: Annotated[int, Field(ge=0)]
+    select: Literal["uniform", "surprise"]
     excluded: tuple[Text, ...]
 
     @property
@@ -171,6 +172,13 @@ class Replay(Node):
                 "some tokens of each",
                 "replay.stratum_tokens=200000 or replay.carry=null",
             )
+        if self.select != "uniform" and self.stratum_tokens == 0:
+            raise refuse(
+                "replay.select, replay.stratum_tokens",
+                f"rows chosen by {self.select} to be left, and none left",
+                "some tokens to choose",
+                "replay.stratum_tokens=200000 or replay.select=uniform",
+            )
         return self
 
 
@@ -216,6 +224,13 @@ def check(run: Run) -> None:
             "replay that follows the start model in stage distill, where all text follows the teacher",
             "one to follow",
             "replay.objective=text",
+        )
+    if run.stage.name == "reward" and run.replay.select != "uniform":
+        raise refuse(
+            "replay.select, stage.name",
+            f"rows chosen by {run.replay.select}, and a reward model, which leaves none",
+            "no choice",
+            "replay.select=uniform",
         )
     if run.stage.name == "reward" and run.replay.fed:
         raise refuse(

@@ -61,11 +61,12 @@ def work(run: Run) -> int:
         checkpoints = build.checkpointer(prepared, world)
         resume = _resume(run, checkpoints)
         where = Path(run.run_dir)
-        if world.rank == 0:
+        if world.rank == 0 and not leaving.asks(run):
             leaving.leave(prepared)
         tracker = open_tracker(prepared, world, resumed_at=None if resume is None else resume.step)
         doubts = prepared.probes.doubts if prepared.probes is not None else ()
-        for said in (carrying.told(prepared), fp8.told(prepared), *doubts) if resume is None else ():
+        notes = (carrying.told(prepared), leaving.told(run), fp8.told(prepared), *doubts)
+        for said in notes if resume is None else ():
             if said is not None:
                 tracker.log("event", {"message": said}, step=0)
         status = "failed"
@@ -241,6 +242,8 @@ def _train(
     engine = build.build_engine(prepared, world)
     if resume is not None:
         resume.expect(engine.trained)
+    if leaving.asks(prepared.run):
+        leaving.leave_surprising(prepared, engine)  # which still holds the start weights
     protection = finish.Protection(prepared, world, engine, resumed=resume is not None)
     engine = protection.engine
     writing = writes(prepared.run.stage)

@@ -2,6 +2,7 @@
 
     data.train, replay.sources     what a stage learns from
         │ order       every row has a random place: a pure function of (seed, stratum, row)
+        │             `surprising`: of the first so many, what the start model finds least likely first
         │ rehearsed   as text to imitate: of judged answers the best, of questions those with their answer
     RUN/buffer/                    in that order, up to twice the budget of tokens
         <hash>.jsonl               one stratum, named by its content
@@ -10,9 +11,9 @@
     replay.sources                 of a later stage, and from there files like any other: tokenised, looked
                                    through for probes, mixed to the example, part of the run's fingerprint
 
-A place depends on no other row, so this is a reservoir (a uniform sample without replacement, as Vitter's
-algorithm R gives) from which a row can be taken: the next in order moves up, and no other row changes. A
-smaller budget keeps a part of what a larger one keeps. Knows no model, no run and no configuration.
+A random place depends on no other row, so this is a reservoir (a uniform sample without replacement, as
+Vitter's algorithm R gives). From either order a row can be taken: the next one moves up, and no other row
+changes. A smaller budget keeps a part of what a larger one keeps. Knows no model, run or configuration.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from framework.errors import DataError
 FORMAT = 1  # of the manifest; another number is refused
 MANIFEST = "manifest.json"
 RESERVE = 2  # budgets of tokens that are kept, one of them to fill up from
+COMPARED = 4  # times as many tokens as are kept are compared where it matters which they are
+ODD = 100  # of so many rows the least likely one is rather damaged than new
+DIGITS = 3  # of a loss in nats that do not depend on the cut into micro-batches
 HASH = re.compile(r"[0-9a-f]{32}")  # of a row, a source or a shard: xxh3-128
 
 Line = Mapping[str, Any]
@@ -150,6 +154,17 @@ def order(seed: int, stratum: str, rows: int) -> np.ndarray:
     """[rows] rows of a source by their random places: row r's is word r of a Philox stream of the stratum."""
     words = np.random.Philox(key=keyed.key(seed, "buffer", stratum)).random_raw(rows)
     return np.argsort(words, kind="stable")
+
+
+def surprising(nats: Sequence[float]) -> list[int]:
+    """An order of n rows by `nats` [n], their mean loss: the largest first, but for the hundredth part at the
+    top, which comes last. Equals keep their order.
+
+    Surprise-prioritised replay, Hazard et al. 2025, arXiv 2511.22367.
+    """
+    order = sorted(range(len(nats)), key=lambda row: (-round(nats[row], DIGITS), row))
+    odd = len(nats) // ODD
+    return order[odd:] + order[:odd]
 
 
 def excludes(stratum: Stratum, excluded: Collection[str]) -> bool:

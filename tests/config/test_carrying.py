@@ -304,6 +304,48 @@ def test_every_start_keeps_the_same_rows_and_another_seed_others(stage):
     assert kept("seed=1") != first
 
 
+def test_the_start_model_chooses_among_more_than_is_left(stage):
+    """Of 200 rows some are compared, four times as many tokens as are left; the later a row, the more it
+    surprises here. What is excluded is not asked about, and what was carried is not chosen anew."""
+    a = stage(
+        "a", rows("a", 200), "replay.stratum_tokens=100", "replay.select=surprise", "steps=25", leave=False
+    )
+    asked = []
+
+    def ask(strata):
+        asked.append(strata)
+        return {name: [float(line["from"].split(":")[1]) for line in lines] for name, lines in strata.items()}
+
+    leaving.leave(a, ask)
+    (compared,) = asked[0].values()
+    tokens = sum(line["tokens"] for line in compared)
+    assert 800 - 20 < tokens <= 800
+    uniform = stage("b", rows("a", 200), "replay.stratum_tokens=400", "steps=25")
+    assert [line["row"] for line in lines(stage, "b", "b")] != [line["row"] for line in compared]
+    by_surprise = sorted(compared, key=lambda line: -int(line["from"].split(":")[1]))
+    assert lines(stage, "a", "a") == buffer.draw(by_surprise, tokens=200)
+    assert uniform.steps == a.steps
+
+    shutil.copytree(stage.at / "b/model", stage.at / "a/model")
+    c = stage("c", rows("c", 20), *CARRIED, "replay.stratum_tokens=100", "replay.select=surprise",
+              f"replay.excluded=[{by_surprise[0]['row']}]", start="a", leave=False)  # fmt: skip
+    leaving.leave(c, ask)
+    assert list(asked[1]) == ["c"]
+    assert lines(stage, "c", "a") == buffer.draw(by_surprise[1:], tokens=200 - by_surprise[0]["tokens"])
+    assert examples(c.tables[1]) == {
+        tuple(a.tables[0].example(int(line["from"].split(":")[1]) - 1)[0].tolist())
+        for line in buffer.draw(by_surprise[1:], tokens=100)
+    }
+
+
+def test_which_rows_are_left_is_no_part_of_what_is_learnt(stage):
+    chosen, any_ = (
+        stage("a", pairs(), "stage=preference", f"replay.select={how}", leave=False)
+        for how in ("surprise", "uniform")
+    )
+    assert chosen.identity == any_.identity
+
+
 def test_the_stream_is_looked_at_in_blocks(stage, monkeypatch):
     a = stage("a", rows("a"), "steps=5", leave=False)
     whole = leaving._seen(a)

@@ -133,6 +133,8 @@ MISTAKES = [
     ("replay=fixed", "type 'replay.sources=[{path: general.jsonl}]', replay.carry=auto or replay=none"),
     ("replay.carry=auto", "sources of which nothing is replayed"),
     ("replay=fixed replay.carry=auto replay.stratum_tokens=0", "earlier stages to rehearse by no token"),
+    ("replay.select=surprise replay.stratum_tokens=0", "rows chosen by surprise to be left, and none left"),
+    ("replay.select=surprise stage=reward", "a reward model, which leaves none"),
     ("replay.sources=[{path: a}]", "sources of which nothing is replayed"),
     (
         "replay.sources=[{path: a}] replay.fraction=1",

@@ -20,7 +20,7 @@ def steering(*, steps=100, names=("chat", "code"), rate=None, landing_in=0, **ch
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
     asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
     asked |= dict(max_forgetting=0.02, unit="relative_loss", most=0.5, strata=None)
-    asked |= dict(carry=None, stratum_tokens=1000, excluded=())
+    asked |= dict(carry=None, stratum_tokens=1000, select="uniform", excluded=())
     amounts = []
     replay = Replay.model_validate_json(json.dumps(asked | changes))
     steer = amounts.append if replay.sources else None

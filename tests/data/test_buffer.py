@@ -39,6 +39,19 @@ def test_every_row_is_kept_equally_often():
     assert np.abs(counts - 1000).max() < 5 * 27
 
 
+def test_what_surprises_most_comes_first_but_for_what_is_likely_damaged():
+    """Of 250 rows the two that are least likely are the last; what differs by rounding keeps its order."""
+    nats = [2.0] * 250
+    nats[7], nats[100], nats[3], nats[200], nats[50] = 9.0, 8.0, 5.0, 4.0, -np.inf
+    nats[1] = 2.0 + 1e-6
+    order = buffer.surprising(nats)
+    assert sorted(order) == list(range(250))
+    assert order[:4] == [3, 200, 0, 1]
+    assert order[-3:] == [50, 7, 100]
+    assert buffer.surprising(nats[:99])[:2] == [7, 3]  # of fewer than a hundred none is taken for damaged
+    assert buffer.surprising([]) == []
+
+
 def test_rows_are_drawn_up_to_the_budget_and_the_next_moves_up_for_one_that_is_excluded():
     """Of 10, 30, 20, 5 and 5 tokens: 60 holds three and not four; without the second, 20, 5 and 5 come in."""
     rows = [line("a", 10), line("b", 30), line("c", 20), line("d", 5), line("e", 5)]
