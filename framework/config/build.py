@@ -6,6 +6,7 @@ loaded; `config.work` is what every rank does with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ from framework.train.optim import adamw
 from framework.train.schedule import Schedule, schedule
 from framework.train.trainer import Plan
 
-NOT_LEARNT = {"sources", "carry", "select"}
+NOT_LEARNT = {"sources", "carry", "select", "share_of", "additive"}
 """Keys of replay that are known by what they lead to, or that decide what is left and not what is learnt."""
 
 
@@ -87,6 +88,8 @@ class Prepared(Inspected):
             },
             "batch.sequences": run.batch.sequences,
         }
+        if run.replay.share_of != "trained_tokens":
+            identity["mixture"]["share_of"] = run.replay.share_of
         if run.replay.max_forgetting is not None and self.probes is not None:
             identity["budget"] = run.replay.model_dump(mode="json", exclude=NOT_LEARNT)
             identity["probes"] = self.probes.identity
@@ -184,8 +187,8 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
         mixture = prompts.Prompts(train_tables, seed=run.seed, shuffle=run.data.shuffle).mixture
     else:
         mixture = Mixture(
-            tabled.group(train_tables),
-            tabled.group(replay_tables) if replay_tables and mixed else None,
+            tabled.group(train_tables, run.replay.share_of),
+            tabled.group(replay_tables, run.replay.share_of) if replay_tables and mixed else None,
             fraction=run.replay.fraction,
             seed=run.seed,
             shuffle=run.data.shuffle,
@@ -214,14 +217,17 @@ def prepare(run: Run, *, progress: Progress | None = None) -> Prepared:
 
 
 def _steps(run: Run, mixture: Mixture, rows: int) -> int:
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run: with replay that adds, as many more as that takes."""
+    sequences, adds = run.batch.sequences, run.replay.additive
     if run.steps is not None:
-        return run.steps
+        return -(-mixture.examples_with(run.steps * sequences) // sequences) if adds else run.steps
     assert run.epochs is not None  # the schema: exactly one of the two
     if not isinstance(run.stage, Ppo | Grpo):
-        return mixture.steps_for(run.epochs, run.batch.sequences)
+        if adds is False:
+            return -(-math.ceil(run.epochs * rows) // sequences)
+        return mixture.steps_for(run.epochs, sequences)
     iterations = max(1, round(run.epochs * rows / run.stage.prompts))
-    in_one = -(-run.stage.prompts * run.rollout.samples // run.batch.sequences) * run.stage.epochs
+    in_one = -(-run.stage.prompts * run.rollout.samples // sequences) * run.stage.epochs
     return iterations * in_one
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Replay(Node):
     sources: tuple[Source, ...]
     fraction: Share
+    share_of: Literal["trained_tokens", "tokens", "rows"]
+    additive: bool | None
     scale: Annotated[float, Field(gt=0)] | None
     scale_by: Literal["raw", "gradient"]
     measure_every: Positive
@@ -43,7 +45,7 @@ class Replay(Node):
     def idle(self) -> Replay:
         """The same where it turns out that there is nothing to replay."""
         unset = dict.fromkeys(("scale", "sequences", "max_forgetting", "most", "strata"))
-        plain = {"sources": (), "fraction": 0.0, "scale_by": "raw", "objective": "text"}
+        plain = {"sources": (), "fraction": 0.0, "scale_by": "raw", "objective": "text", "additive": None}
         return self.model_copy(update={**plain, **unset})
 
     @property
@@ -164,6 +166,14 @@ class Replay(Node):
                 "sources of which nothing is replayed",
                 "a share above 0",
                 "replay.fraction=0.1",
+            )
+        if self.fraction == 0 and (self.share_of != "trained_tokens" or self.additive is not None):
+            key = "additive" if self.additive is not None else "share_of"
+            raise refuse(
+                f"replay.{key}, replay.fraction",
+                f"replay.{key} and no share of replay",
+                "a share above 0, which supervised stages have",
+                f"replay=fixed or replay.{key}={'null' if key == 'additive' else 'trained_tokens'}",
             )
         if self.carry is not None and self.stratum_tokens == 0:
             raise refuse(

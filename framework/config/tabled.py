@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from framework.config.stage import ONLINE, SUPERVISED
 from framework.data import answers, prompts
@@ -81,11 +83,18 @@ def options(inspected: Inspected) -> dict[str, Any]:
     }
 
 
-def group(tables: Sequence[Table]) -> Group:
-    """What a mixture draws from."""
+def group(tables: Sequence[Table], share_of: str = "trained_tokens") -> Group:
+    """What a mixture draws from; `share_of` is what replay's share is counted in, as in `replay.share_of`."""
     weights = [table.weight for table in tables]
     given = [weight for weight in weights if weight is not None]
-    return Group([table.trained for table in tables], given or None)
+    return Group([_SIZES[share_of](table) for table in tables], given or None)
+
+
+_SIZES: Mapping[str, Callable[[Table], np.ndarray]] = {
+    "trained_tokens": lambda table: table.trained,
+    "tokens": lambda table: table.lengths,
+    "rows": lambda table: np.ones(len(table), dtype=np.int32),
+}
 
 
 def apart(tables: Sequence[Table], *, seed: int) -> Mixture:

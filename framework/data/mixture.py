@@ -1,6 +1,7 @@
 """Which example comes at which place of the stream: a pure function of the seed and an index.
 
-Knows only how many trained tokens each row has. Two groups share the stream: the data to learn, and replay.
+Knows only the size of each row, in trained tokens as a rule. Two groups share the stream: the data to learn,
+and replay.
 Letters: i index in the stream, j and k indices within a group, n rows of a source, f replay's share.
 
 Within a group, without weights, an epoch is every row of the group exactly once, in an order keyed by
@@ -8,8 +9,8 @@ Within a group, without weights, an epoch is every row of the group exactly once
 k-th row of a source of share w is due at (k + 1/2) / w, so after j picks of S sources it has given j * w to
 within (1 + w * S) / 2 picks; each source has epochs of its own.
 
-Between the groups the share is counted in trained tokens and settled before anything is packed or spread
-over ranks: the next example is a replayed one when replay has given less than f of the tokens so far.
+Between the groups the share is counted in sizes and settled before anything is packed or spread over ranks:
+the next example is a replayed one when replay has given less than f of all sizes so far.
 So at every prefix replay is off by less than one example, also where the share was changed on the way:
 what was owed under the old share is owed under the new one.
 """
@@ -42,23 +43,23 @@ class Pick(NamedTuple):
 class Group:
     """Sources that share one budget of the stream.
 
-    `trained[s]` is [n] trained tokens of source s's rows. `weights` are shares of *rows*; None takes
-    every row once per epoch, so sources count by their size.
+    `sizes[s]` is [n], what source s's rows count in replay's share: trained tokens, tokens, or 1. `weights`
+    are shares of *rows*; None takes every row once per epoch, so sources count by their number of rows.
     """
 
-    trained: Sequence[np.ndarray]
+    sizes: Sequence[np.ndarray]
     weights: Sequence[float] | None = None
 
     @property
     def rows(self) -> int:
-        return sum(len(t) for t in self.trained)
+        return sum(len(t) for t in self.sizes)
 
 
 class Mixture:
     """The stream of examples of a run.
 
-    `fraction` is replay's share of trained tokens, in [0, 1): a number, or entries (from_index, share)
-    with ascending indices from 0. `change` adds an entry while the stream is being read.
+    `fraction` is replay's share of all sizes, in [0, 1): a number, or entries (from_index, share) with
+    ascending indices from 0. `change` adds an entry while the stream is being read.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Mixture:
         self._replay = (
             None
             if replay is None
-            else _Stream(replay, "replay", seed, shuffle, first_source=len(train.trained))
+            else _Stream(replay, "replay", seed, shuffle, first_source=len(train.sizes))
         )
         self._lay_out = lru_cache(maxsize=REMEMBERED)(self._lay_out_block)
         self.restore([(0, float(fraction))] if isinstance(fraction, int | float) else fraction)
@@ -143,6 +144,10 @@ class Mixture:
         wanted = int(np.ceil(epochs * self._train.rows))
         if wanted <= 0:
             raise ValueError(f"epochs={epochs} must be positive")
+        return self.examples_with(wanted)
+
+    def examples_with(self, wanted: int) -> int:
+        """Length of the stream that holds `wanted` examples of `data.train`, with the replay between."""
         block = 0
         while True:
             self._extend(block)
@@ -186,21 +191,21 @@ class Mixture:
     def _lay_out_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of one block and its cursors; notes where the next block starts.
 
-        Replay is due when f * (tokens of both) > tokens of replay, that is f * train > (1 - f) * replay; what
-        earlier entries owe adds to the left. So example j of the training data comes at that plus f * (its
-        tokens before), example k of replay at (1 - f) * (its tokens before), and laying out is merging two
-        ascending lists; ties to training.
+        Replay is due when f * (sizes of both) > sizes of replay, that is f * train > (1 - f) * replay; what
+        earlier entries owe adds to the left. So example j of the training data comes at that plus f * (the
+        sizes before it), example k of replay at (1 - f) * (the sizes before it), and laying out is merging
+        two ascending lists; ties to training.
         """
         start = self._blocks[block]
         share = self._entries[start.entry][1]
         until = self._entries[start.entry + 1][0] if start.entry + 1 < len(self._entries) else None
-        train = self._train.tokens(start.train, start.train + BLOCK)
-        train_due = start.owed + share * (start.train_tokens + _before(train))
+        train = self._train.sizes(start.train, start.train + BLOCK)
+        train_due = start.owed + share * (start.train_given + _before(train))
         if share == 0.0 or self._replay is None:
             replay, replay_due = np.empty(0, dtype=np.int64), np.empty(0)
         else:
-            replay = self._replay.tokens(start.replay, start.replay + BLOCK)
-            replay_due = (1 - share) * (start.replay_tokens + _before(replay))
+            replay = self._replay.sizes(start.replay, start.replay + BLOCK)
+            replay_due = (1 - share) * (start.replay_given + _before(replay))
             # Only what is due before the first example that was not looked at is decided.
             train_due = train_due[train_due <= replay_due[-1]]
             replay_due = replay_due[replay_due < (train_due[-1] if len(train_due) else np.inf)]
@@ -220,66 +225,66 @@ class Mixture:
         from_replay = int(np.count_nonzero(replayed))
         from_train = len(replayed) - from_replay
         ended = start.begin + len(replayed) == until
-        given = start.train_tokens + int(train[:from_train].sum())
-        replayed_tokens = start.replay_tokens + int(replay[:from_replay].sum())
+        given = start.train_given + int(train[:from_train].sum())
+        rehearsed = start.replay_given + int(replay[:from_replay].sum())
         share = self._entries[start.entry][1]
         return _Start(
             begin=start.begin + len(replayed),
             entry=start.entry + ended,
             train=start.train + from_train,
             replay=start.replay + from_replay,
-            train_tokens=0 if ended else given,
-            replay_tokens=0 if ended else replayed_tokens,
-            owed=start.owed + (share * given - (1 - share) * replayed_tokens if ended else 0.0),
+            train_given=0 if ended else given,
+            replay_given=0 if ended else rehearsed,
+            owed=start.owed + (share * given - (1 - share) * rehearsed if ended else 0.0),
         )
 
 
 class _Start(NamedTuple):
-    """Where a block of the stream begins: cursors, and trained tokens given since the entry began."""
+    """Where a block of the stream begins: cursors, and the sizes given since the entry began."""
 
     begin: int
     entry: int
     train: int = 0
     replay: int = 0
-    train_tokens: int = 0
-    replay_tokens: int = 0
-    owed: float = 0.0  # tokens of replay that earlier entries have not given yet; below 0: given too many
+    train_given: int = 0
+    replay_given: int = 0
+    owed: float = 0.0  # of replay that earlier entries have not given yet; below 0: given too many
 
 
-def _before(tokens: np.ndarray) -> np.ndarray:
+def _before(sizes: np.ndarray) -> np.ndarray:
     """Sums of what comes before each element."""
-    return np.cumsum(tokens) - tokens
+    return np.cumsum(sizes) - sizes
 
 
 class _Stream:
     """The endless stream of one group."""
 
     def __init__(self, group: Group, name: str, seed: int, shuffle: bool, *, first_source: int) -> None:
-        self._trained = [np.asarray(t, dtype=np.int64) for t in group.trained]
-        sizes = [len(t) for t in self._trained]
-        if not sizes or min(sizes) == 0 or min(int(t.min()) for t in self._trained) < 1:
+        self._sizes = [np.asarray(t, dtype=np.int64) for t in group.sizes]
+        counts = [len(t) for t in self._sizes]
+        if not counts or min(counts) == 0 or min(int(t.min()) for t in self._sizes) < 1:
             raise ValueError(f"{name}: every source needs rows, and every row a trained token")
-        self.rows = sum(sizes)
+        self.rows = sum(counts)
         self._name, self._seed, self._shuffle, self._first_source = name, seed, shuffle, first_source
-        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
         self._shares: np.ndarray | None = None
         if group.weights is not None:
             weights = np.asarray(group.weights, dtype=np.float64)
-            if len(weights) != len(sizes) or not (weights > 0).all():
+            if len(weights) != len(counts) or not (weights > 0).all():
                 raise ValueError(
-                    f"{name}: {len(sizes)} sources need as many positive weights, not {group.weights}"
+                    f"{name}: {len(counts)} sources need as many positive weights, not {group.weights}"
                 )
             self._shares = weights / weights.sum()
-        self._order = lru_cache(maxsize=2 * len(sizes) + 2)(self._order_of)
+        self._order = lru_cache(maxsize=2 * len(counts) + 2)(self._order_of)
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] trained tokens of the stream's examples."""
+    def sizes(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] sizes of the stream's examples."""
         source, row, _ = self.take(np.arange(start, stop))
-        tokens = np.empty(len(row), dtype=np.int64)
-        for s, trained in enumerate(self._trained):
+        found = np.empty(len(row), dtype=np.int64)
+        for s, sizes in enumerate(self._sizes):
             chosen = source == s + self._first_source
-            tokens[chosen] = trained[row[chosen]]
-        return tokens
+            found[chosen] = sizes[row[chosen]]
+        return found
 
     def take(self, at: np.ndarray) -> np.ndarray:
         """[3, len(at)]: source, row and epoch at ascending indices `at`."""
@@ -295,10 +300,10 @@ class _Stream:
             begin = int(at[0])
             turn_source, turn = self._turns(begin, int(at[-1]) + 1)
             picks[0], nth = turn_source[at - begin], turn[at - begin]
-            for s, trained in enumerate(self._trained):
+            for s, sizes in enumerate(self._sizes):
                 chosen = picks[0] == s
-                picks[1, chosen] = self._rows(s, len(trained), nth[chosen])
-                picks[2, chosen] = nth[chosen] // len(trained)
+                picks[1, chosen] = self._rows(s, len(sizes), nth[chosen])
+                picks[2, chosen] = nth[chosen] // len(sizes)
         picks[0] += self._first_source
         return picks
 

@@ -61,7 +61,7 @@ _RULES = {
 }
 """Kind of line -> (pattern of a whole key, section), the first that fits."""
 
-_SOURCE = re.compile("(loss|(?:replay_)?(?:sequences|tokens|trained_tokens))/(.+)")
+_SOURCE = re.compile("(loss|loss_share|trained_share|(?:replay_)?(?:sequences|tokens|trained_tokens))/(.+)")
 
 _BY_SOURCE = ("tokens", "replay_tokens")  # what every source of a line has
 

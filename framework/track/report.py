@@ -184,6 +184,8 @@ def _sources(train: Sequence[Record]) -> str:
     total = sum(tokens.values())
     if not total:
         return ""
+    nats = {name: _nats(train, name) for name in names}
+    lost = sum(nats.values())  # 0 where there is one source, or no loss of tokens
     bar, rows = [], []
     for i, (name, count) in enumerate(tokens.items()):
         colour = f"background:var(--line-{i % COLOURS})"
@@ -191,9 +193,11 @@ def _sources(train: Sequence[Record]) -> str:
         trained = _total(train, f"trained_tokens/{name}")
         rows.append(
             f'<tr><td><i class="key" style="{colour}"></i>{escape(name)}</td><td>{count:,.0f}</td>'
-            f"<td>{trained:,.0f}</td><td>{count / total:.1%}</td></tr>"
+            f"<td>{trained:,.0f}</td><td>{count / total:.1%}</td>"
+            + (f"<td>{nats[name] / lost:.1%}</td></tr>" if lost else "</tr>")
         )
-    head = "<tr><th>source</th><th>tokens</th><th>trained</th><th>share</th></tr>"
+    head = "<tr><th>source</th><th>tokens</th><th>trained</th><th>share</th>"
+    head += "<th>of the loss</th></tr>" if lost else "</tr>"
     return f'<div class="bar">{"".join(bar)}</div><table>{head}{"".join(rows)}</table>'
 
 
@@ -209,6 +213,12 @@ def _metrics(held_out: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(key for record in held_out for key in record if "/" in key)
     kept = [name for name in names if name.rpartition("/")[2] not in COUNTS and parts.points(held_out, name)]
     return sorted(kept, key=lambda name: not name.endswith("/loss"))
+
+
+def _nats(train: Sequence[Record], name: str) -> float:
+    """The loss on a source over all its trained tokens; 0 where it has no loss of its own."""
+    losses, tokens = (dict(parts.points(train, f"{key}/{name}")) for key in ("loss", "trained_tokens"))
+    return sum(loss * tokens.get(step, 0.0) for step, loss in losses.items())
 
 
 def _total(records: Sequence[Record], key: str) -> float:

@@ -80,6 +80,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _shares(line: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    """What each source with a loss of its own has of all trained tokens, and of all loss, in a line."""
+    sources = [key[5:] for key in line if key.startswith("loss/") and f"trained_tokens/{key[5:]}" in line]
+    shares: dict[str, float] = {}
+    for share, part in (
+        ("trained_share", {name: line[f"trained_tokens/{name}"] for name in sources}),
+        ("loss_share", {name: line[f"loss/{name}"] * weights[f"loss/{name}"] for name in sources}),
+    ):
+        whole = sum(part.values())
+        shares |= {f"{share}/{name}": value / whole for name, value in part.items() if whole > 0}
+    return shares
+
+
 @dataclass(frozen=True)
 class Speed:
     """What work is measured in."""
@@ -135,8 +148,9 @@ class Meter:
             "seconds": time.perf_counter() - self._clock,
         }
         ranks = self.world.gather(mine)
-        means, _ = join([rank["sums"] for rank in ranks])
+        means, weights = join([rank["sums"] for rank in ranks])
         line: dict[str, Any] = {**means, **self._counts, **self._latest}
+        line |= _shares(line, weights)
         line["seconds"] = max(rank["seconds"] for rank in ranks)  # the others waited for the slowest
         if "tokens" in line:
             line["tokens_per_s"] = line["tokens"] / line["seconds"]

@@ -135,6 +135,12 @@ MISTAKES = [
     ("replay=fixed replay.carry=auto replay.stratum_tokens=0", "earlier stages to rehearse by no token"),
     ("replay.select=surprise replay.stratum_tokens=0", "rows chosen by surprise to be left, and none left"),
     ("replay.select=surprise stage=reward", "a reward model, which leaves none"),
+    ("replay.additive=false", "type replay=fixed or replay.additive=null"),
+    ("replay.share_of=words", "type replay.share_of=trained_tokens"),
+    (
+        "stage=preference replay=term replay.sources=[{path: a}] replay.share_of=rows",
+        "replay.share_of and no share of replay",
+    ),
     ("replay.sources=[{path: a}]", "sources of which nothing is replayed"),
     (
         "replay.sources=[{path: a}] replay.fraction=1",

@@ -18,6 +18,7 @@ WORLD = SimpleNamespace(rank=0, size=1, broadcast=lambda value: json.loads(json.
 def steering(*, steps=100, names=("chat", "code"), rate=None, landing_in=0, **changes):
     """(Steering, amounts it set)."""
     asked = dict(sources=({"path": "general.jsonl"},), fraction=0.1, scale=None, sequences=None)
+    asked |= dict(share_of="trained_tokens", additive=None)
     asked |= dict(objective="text", likeliest=32, scale_by="raw", measure_every=50)
     asked |= dict(max_forgetting=0.02, unit="relative_loss", most=0.5, strata=None)
     asked |= dict(carry=None, stratum_tokens=1000, select="uniform", excluded=())

@@ -4,7 +4,7 @@ from framework.track import panels
 
 TRAIN = """loss loss/task loss/replay tokens tokens/task tokens/replay trained_tokens trained_tokens/task
 trained_tokens/replay nll replay/loss replay_tokens value/loss value/error value/mean value/clipped log_odds
-sequences/task replay_sequences replay_tokens/chat
+sequences/task replay_sequences replay_tokens/chat loss_share/task trained_share/task
 loss/dpo grad_norm lr skipped seconds tokens_per_s mfu tflops packing_efficiency sequences micros
 peak_memory_bytes data_index epoch kl approx_kl ratio clip/low clip/high clip/dual entropy gate
 rewards/chosen rewards/rejected rewards/margin rewards/accuracy rewards/mean logps/chosen logps/accuracy
@@ -42,6 +42,7 @@ def test_what_stands_where():
     assert found["train", "loss/dpo"] == "loss/dpo"  # a part of the loss, not a source: it has no tokens
     assert found["train", "tokens/replay"] == "sources/tokens/replay"
     assert found["train", "sequences/task"] == "sources/sequences/task"
+    assert found["train", "loss_share/task"] == "sources/loss_share/task"
     assert found["train", "replay_tokens/chat"] == "sources/replay_tokens/chat"
     assert found["train", "rewards/margin"] == "reward/margin"
     assert found["train", "mfu"] == "throughput/mfu"

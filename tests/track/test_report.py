@@ -59,7 +59,12 @@ def run_dir(tmp_path):
     for step in range(1, 41):
         line = {"loss": 4 / step, "grad_norm": math.nan if step == 7 else 0.5, "lr": 1e-5, "seconds": 2.0}
         line |= {"tokens": 1000, "trained_tokens": 200, "tokens/task": 750, "tokens/replay": 250}
-        line |= {"trained_tokens/task": 150, "trained_tokens/replay": 50}
+        line |= {
+            "trained_tokens/task": 150,
+            "trained_tokens/replay": 50,
+            "loss/task": 2.0,
+            "loss/replay": 1.0,
+        }
         line |= {"tokens_per_s": 500.0 + step, "peak_memory_bytes": 3 * 2**30, "data_index": 8 * step}
         record.log("train", line, step=step)
         if step == 20:
@@ -94,12 +99,12 @@ def run_dir(tmp_path):
 
 def test_the_numbers_are_on_the_page(run_dir):
     """Held-out 8 -> 0.2 and 2.01 -> 2.4; 40 * 1000 tokens, 200 of each thousand trained; median speed
-    520.5; shares 30,000 and 10,000 of 40,000."""
+    520.5; shares 30,000 and 10,000 of 40,000; of the loss 150 * 2 and 50 of 350 nats a step."""
     page = Page(build(run_dir).read_text())
     for expected in (
         "task loss 8 → 0.2 held out, step 1 to 40", "general loss 2.01 → 2.4", "task accuracy 0.0156 → 0.625",
         "steps 40 1 min 20 s of training", "tokens 40k 8000 trained", "tokens per second 52", "3 GiB",
-        "task 30,000 6,000 75.0%", "replay 10,000 2,000 25.0%", "first <run> interrupted",
+        "task 30,000 6,000 75.0% 85.7%", "replay 10,000 2,000 25.0% 14.3%", "first <run> interrupted",
         "before a <i>&</i> b after b a reference b a", "step 20 resumed from step 20",
     ):  # fmt: skip
         assert expected in page.text, expected
