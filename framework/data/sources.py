@@ -162,7 +162,8 @@ def _parse_line(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         return RowError("invalid UTF-8", f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return RowError("invalid JSON", f"not JSON at column {error.colno}: {error.msg}")
+        # by the place in the line: one that breaks off ends on the next, as the parser counts
+        return RowError("invalid JSON", f"not JSON at column {error.pos + 1}: {error.msg}")
     except (ValueError, RecursionError) as error:
         return RowError("invalid JSON", f"not JSON: {error}")
 

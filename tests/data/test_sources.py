@@ -107,6 +107,16 @@ def test_missing_things_are_refused_with_the_nearest_name(tmp_path, write, monke
             read(given)
 
 
+def test_a_broken_line_says_where_in_the_line(tmp_path):
+    """One that breaks off does so at its end, though the parser comes to the next line."""
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "a"}\n{"text": }\n{"text": \n')
+    (_, good), (_, wrong), (_, short) = read(path)
+    assert good == {"text": "a"}
+    assert str(wrong).startswith("not JSON at column 10")
+    assert str(short).startswith("not JSON at column 11")
+
+
 def test_the_digest_is_of_content(tmp_path, write):
     one, same, other = write("a.jsonl", ROWS), write("b.jsonl", ROWS), write("c.jsonl", ROWS[::-1])
     digests = [locate(Source(path)).digest for path in (one, same, other)]
