@@ -186,6 +186,7 @@ def _sources(train: Sequence[Record]) -> str:
         return ""
     nats = {name: _nats(train, name) for name in names}
     lost = sum(nats.values())  # 0 where there is one source, or no loss of tokens
+    learnt = _total(train, "trained_tokens")
     bar, rows = [], []
     for i, (name, count) in enumerate(tokens.items()):
         colour = f"background:var(--line-{i % COLOURS})"
@@ -194,10 +195,10 @@ def _sources(train: Sequence[Record]) -> str:
         rows.append(
             f'<tr><td><i class="key" style="{colour}"></i>{escape(name)}</td><td>{count:,.0f}</td>'
             f"<td>{trained:,.0f}</td><td>{count / total:.1%}</td>"
-            + (f"<td>{nats[name] / lost:.1%}</td></tr>" if lost else "</tr>")
+            + (f"<td>{trained / learnt:.1%}</td><td>{nats[name] / lost:.1%}</td></tr>" if lost else "</tr>")
         )
-    head = "<tr><th>source</th><th>tokens</th><th>trained</th><th>share</th>"
-    head += "<th>of the loss</th></tr>" if lost else "</tr>"
+    head = "<tr><th>source</th><th>tokens</th><th>trained</th><th>of the tokens</th>"
+    head += "<th>of the trained</th><th>of the loss</th></tr>" if lost else "</tr>"
     return f'<div class="bar">{"".join(bar)}</div><table>{head}{"".join(rows)}</table>'
 
 

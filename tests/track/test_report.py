@@ -60,8 +60,8 @@ def run_dir(tmp_path):
         line = {"loss": 4 / step, "grad_norm": math.nan if step == 7 else 0.5, "lr": 1e-5, "seconds": 2.0}
         line |= {"tokens": 1000, "trained_tokens": 200, "tokens/task": 750, "tokens/replay": 250}
         line |= {
-            "trained_tokens/task": 150,
-            "trained_tokens/replay": 50,
+            "trained_tokens/task": 160,
+            "trained_tokens/replay": 40,
             "loss/task": 2.0,
             "loss/replay": 1.0,
         }
@@ -99,12 +99,14 @@ def run_dir(tmp_path):
 
 def test_the_numbers_are_on_the_page(run_dir):
     """Held-out 8 -> 0.2 and 2.01 -> 2.4; 40 * 1000 tokens, 200 of each thousand trained; median speed
-    520.5; shares 30,000 and 10,000 of 40,000; of the loss 150 * 2 and 50 of 350 nats a step."""
+    520.5; shares 30,000 and 10,000 of 40,000; of the trained tokens 160 and 40
+    a step, of the loss 320 and 40 nats."""
     page = Page(build(run_dir).read_text())
     for expected in (
         "task loss 8 → 0.2 held out, step 1 to 40", "general loss 2.01 → 2.4", "task accuracy 0.0156 → 0.625",
         "steps 40 1 min 20 s of training", "tokens 40k 8000 trained", "tokens per second 52", "3 GiB",
-        "task 30,000 6,000 75.0% 85.7%", "replay 10,000 2,000 25.0% 14.3%", "first <run> interrupted",
+        "task 30,000 6,400 75.0% 80.0% 88.9%", "replay 10,000 1,600 25.0% 20.0% 11.1%",
+        "first <run> interrupted",
         "before a <i>&</i> b after b a reference b a", "step 20 resumed from step 20",
     ):  # fmt: skip
         assert expected in page.text, expected
