@@ -1,6 +1,6 @@
 """Which rows to leave for later stages: any, or those that surprise the model that a stage begins with.
 
-    python benchmarks/left_rows.py            # six minutes on one core
+    python benchmarks/left_rows.py            # four minutes on one core
     python benchmarks/left_rows.py --seeds 0 --out /tmp/x.json
 
 The world of twelve letters (tests/train/characters.py). A model that copies and sorts is trained on a source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from framework.batch import Distribution
+from framework.batch import Batch, Distribution
 from framework.config import build, carrying, tabled
 from framework.config.build import Inspected, Prepared
 from framework.data import cache, loader
@@ -22,7 +22,7 @@ from framework.losses import sft as token_losses
 from framework.losses.inputs import inputs
 from framework.stages import remembered
 from framework.stages.coupling import policy_logps
-from framework.stages.reference import Reference, cached
+from framework.stages.reference import Cached, cached
 from framework.stages.sft import TokenObjective
 from framework.stages.started import STARTED, StartedObjective, means, scale_of
 from framework.strategy.base import Engine, World
@@ -59,10 +59,7 @@ def _started(
 ) -> StartedObjective:
     """The start model's log-probability of every trained token, kept on disk."""
     by_table = [loader.held_out(table, **cut._asdict()) for table in prepared.tables]
-    identity = {"what": "trained tokens", **_start(prepared, engine.world, prepared.tables)}
-    ask: Reference = partial(policy_logps, engine)
-    where = Path(prepared.run.data.cache_dir) / "start"
-    start = cached(where, identity, chain(*by_table), ask=ask, world=engine.world)
+    start = _logps(prepared, engine, "trained tokens", prepared.tables, chain(*by_table))
     scale = (1.0, 1.0)
     if "sample_weights" in inputs(prepared.loss):
         scale = scale_of(start, chain(*by_table[:first]), engine.world)
@@ -93,15 +90,21 @@ def surprise(
             continue
         file = carrying.filed(run, lines, name=name)
         (table,) = tabled.text(prepared, [file], truncation=carrying.shortened(run), on_bad_row="drop")
-        identity = {"what": "rows to leave", **_start(prepared, engine.world, [table])}
-        micros = loader.held_out(table, **cut._asdict())
-        ask: Reference = partial(policy_logps, engine)
-        start = cached(Path(run.data.cache_dir) / "start", identity, micros, ask=ask, world=engine.world)
+        start = _logps(prepared, engine, "rows to leave", [table], loader.held_out(table, **cut._asdict()))
         for row, (_, line) in enumerate(table.places(np.arange(len(table)))):
             alone = collate([table.example(row)], [0], packing=cut.packing, pad_id=cut.pad_id)
             (logps,) = start([alone])
             told[name][line - 1] = float(means(logps, alone)[0])
     return told
+
+
+def _logps(
+    prepared: Prepared, engine: Engine, what: str, tables: Sequence[Any], micros: Iterable[Batch]
+) -> Cached:
+    """The start model's log-probability of every trained token of `tables`, which `micros` hold; on disk."""
+    identity = {"what": what, **_start(prepared, engine.world, tables)}
+    where = Path(prepared.run.data.cache_dir) / "start"
+    return cached(where, identity, micros, ask=partial(policy_logps, engine), world=engine.world)
 
 
 def _memory(

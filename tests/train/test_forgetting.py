@@ -76,9 +76,8 @@ def test_a_tenth_of_replay_keeps_the_skills(fixed):
     kept, result = fixed
     assert kept["skills"] > 0.75
     assert kept["held"] >= 0.99
-    assert (
-        result["retention"]["skills"]["relative_high"] < 0.05
-    )  # the least of the controller's budgets below
+    # the least of the controller's budgets below
+    assert result["retention"]["skills"]["relative_high"] < 0.05
 
 
 def test_the_controller_keeps_the_same_budget_with_less_replay(held, fixed):
